@@ -1,0 +1,167 @@
+"""What a family is: which tensors form a prunable unit, along which axis, and how many rows each unit owns."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+Span = Literal["one", "head", "group"]
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """The widths of one decoder layer that pruning may change, and head_dim, which it never changes."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    head_dim: int
+
+    def span(self, span: Span) -> int:
+        """How many consecutive rows (or columns) one unit owns: 1, head_dim, or heads_per_group * head_dim."""
+        if span == "one":
+            return 1
+        if span == "head":
+            return self.head_dim
+        return self.num_attention_heads // self.num_key_value_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Member:
+    """One tensor of a unit: name inside the decoder layer, unit axis, and the rows of one unit on it."""
+
+    name: str
+    dim: int
+    span: Span
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class UnitTensor:
+    """A member in a given layer of a given model: full tensor name, unit axis, rows per unit."""
+
+    name: str
+    dim: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class UnitKind:
+    """A kind of prunable unit: "channel" or "kv_group" (algorithm.md glossary), with all its member tensors."""
+
+    name: str
+    members: tuple[Member, ...]
+
+    def count(self, widths: LayerWidths) -> int:
+        """Number of units of this kind in a layer."""
+        return widths.intermediate_size if self.name == "channel" else widths.num_key_value_heads
+
+    def resized(self, widths: LayerWidths, count: int) -> LayerWidths:
+        """The layer's widths once `count` units of this kind remain."""
+        if self.name == "channel":
+            return replace(widths, intermediate_size=count)
+        heads_per_group = widths.num_attention_heads // widths.num_key_value_heads
+        return replace(widths, num_key_value_heads=count, num_attention_heads=count * heads_per_group)
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture as data.
+
+    `layer_prefix` has a `{layer}` field. `embeddings` are the tensors that "non-embedding" leaves out.
+    Tensor names are the same in a live module and in a checkpoint on disk.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    layer_prefix: str
+    layers_module: str
+    embeddings: tuple[str, ...]
+    unit_kinds: tuple[UnitKind, ...]
+
+    def unit_tensors(
+        self, kind: UnitKind, layer: int, widths: LayerWidths, available: Collection[str]
+    ) -> tuple[UnitTensor, ...]:
+        """Member tensors of one unit kind in one layer.
+
+        Args:
+            available: names of the tensors the model has; optional members (biases) not in it are left out.
+        Raises:
+            ValueError: a member that every model of the family has is missing.
+        """
+        prefix = self.layer_prefix.format(layer=layer)
+        tensors = []
+        for member in kind.members:
+            name = f"{prefix}.{member.name}"
+            if name in available:
+                tensors.append(UnitTensor(name, member.dim, widths.span(member.span)))
+            elif not member.optional:
+                raise ValueError(f"family {self.name}: tensor {name} is missing from the model")
+        return tuple(tensors)
+
+
+def gated_mlp_channel(prefix: str = "mlp") -> UnitKind:
+    """One intermediate neuron of a gated MLP: a row of gate and up, a column of down."""
+    return UnitKind(
+        "channel",
+        (
+            Member(f"{prefix}.gate_proj.weight", 0, "one"),
+            Member(f"{prefix}.up_proj.weight", 0, "one"),
+            Member(f"{prefix}.down_proj.weight", 1, "one"),
+            Member(f"{prefix}.gate_proj.bias", 0, "one", optional=True),
+            Member(f"{prefix}.up_proj.bias", 0, "one", optional=True),
+        ),
+    )
+
+
+def attention_kv_group(prefix: str = "self_attn") -> UnitKind:
+    """One KV head with the query heads that read it: rows of q, k, v, columns of o."""
+    return UnitKind(
+        "kv_group",
+        (
+            Member(f"{prefix}.q_proj.weight", 0, "group"),
+            Member(f"{prefix}.k_proj.weight", 0, "head"),
+            Member(f"{prefix}.v_proj.weight", 0, "head"),
+            Member(f"{prefix}.o_proj.weight", 1, "group"),
+            Member(f"{prefix}.q_proj.bias", 0, "group", optional=True),
+            Member(f"{prefix}.k_proj.bias", 0, "head", optional=True),
+            Member(f"{prefix}.v_proj.bias", 0, "head", optional=True),
+        ),
+    )
+
+
+def layer_widths(config: Mapping[str, Any]) -> tuple[LayerWidths, ...]:
+    """Widths of every decoder layer.
+
+    Args:
+        config: the contents of a `config.json` (or `PreTrainedConfig.to_dict()`), stock or with
+            `per_layer_config`.
+    Raises:
+        ValueError: a width is missing or not a positive integer, or heads do not divide into groups.
+    """
+    overrides = {int(i): values for i, values in (config.get("per_layer_config") or {}).items()}
+    head_dim = config.get("head_dim") or _positive(config, "hidden_size") // _positive(
+        config, "num_attention_heads"
+    )
+    widths = []
+    for i in range(_positive(config, "num_hidden_layers")):
+        layer = {**config, **overrides.get(i, {})}
+        heads = _positive(layer, "num_attention_heads")
+        kv_heads = _positive(layer, "num_key_value_heads") if layer.get("num_key_value_heads") else heads
+        if heads % kv_heads:
+            raise ValueError(f"layer {i}: {heads} attention heads are not a multiple of {kv_heads} KV heads")
+        widths.append(LayerWidths(heads, kv_heads, _positive(layer, "intermediate_size"), head_dim))
+    return tuple(widths)
+
+
+def _positive(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"config.json: {key} is {value!r}, expected a positive integer")
+    return value
+
+
+def is_uniform(widths: Sequence[LayerWidths]) -> bool:
+    """Whether all layers have the same widths, so that the stock architecture can hold the model."""
+    return len(set(widths)) == 1

@@ -1,0 +1,12 @@
+"""Llama and what shares its tensors: SmolLM2, TinyLlama, Mistral."""
+
+from adapt_pruner.families.base import Family, attention_kv_group, gated_mlp_channel
+
+LLAMA = Family(
+    name="llama",
+    model_types=("llama", "mistral", "adapt_llama", "adapt_mistral"),
+    layer_prefix="model.layers.{layer}",
+    layers_module="model.layers",
+    embeddings=("model.embed_tokens.weight", "lm_head.weight"),
+    unit_kinds=(attention_kv_group(), gated_mlp_channel()),
+)

@@ -1,0 +1,131 @@
+"""Which implementation runs an op, and why another one cannot.
+
+Importing this module loads the compiled extension when there is one, which registers its ops and nothing
+else: no CUDA context, no compiler, and never an exception. What is missing is reported when asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+
+_warned_about_fallback = False
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for is not built, or cannot be used on this machine."""
+
+
+def _load_extension() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("adapt_pruner._C"), None
+    except (ImportError, OSError) as error:  # absent, or built for a libtorch that is not this one
+        return None, f"extension not built: {error}"
+
+
+_extension, _extension_problem = _load_extension()
+
+
+def extension_loaded() -> bool:
+    """Whether `torch.ops.adapt_pruner` exists in this process."""
+    return _extension is not None
+
+
+def build_info() -> dict[str, Any]:
+    """What is compiled into the extension.
+
+    Returns:
+        `version` of the package it was built from, `torch_target` (oldest libtorch it runs on), `compiler`,
+        `cpu_isa` (instruction set chosen on this machine), `cuda` ("13.0") and `cuda_archs`
+        ("8.0,9.0,10.0+PTX"), both None in a build without CUDA.
+    Raises:
+        BackendUnavailable: there is no extension.
+    """
+    if _extension is None:
+        raise BackendUnavailable(_extension_problem)
+    return dict(_extension.build_info())
+
+
+def backend_status() -> dict[str, str | None]:
+    """For each backend None when it can be used here, else the reason why not.
+
+    Asks the driver whether there is a CUDA device, without creating a context on it.
+    """
+    return {
+        "reference": None,
+        "cpu": _extension_problem,
+        "cuda": _cuda_problem(),
+        "triton": "triton: kernels not part of this build",
+    }
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """The backend that runs an op whose tensors are on `device`: never "auto".
+
+    Raises:
+        ValueError: no such backend, or it does not work on tensors of this device.
+        BackendUnavailable: the named backend is not built or not usable here.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    if backend == "reference":
+        return backend
+    if backend == "auto":
+        return _choose_automatically(device)
+    problem = backend_status()[backend]
+    if problem is not None:
+        raise BackendUnavailable(f"backend {backend!r} cannot be used: {problem}")
+    if device.type != backend:
+        raise ValueError(f"backend {backend!r} needs tensors on a {backend} device, got {device}")
+    return backend
+
+
+def _choose_automatically(device: torch.device) -> str:
+    if device.type == "cpu":
+        problem = _extension_problem
+    elif device.type == "cuda":
+        problem = _cuda_problem() or _architecture_problem(device)
+    else:
+        problem = f"no kernels for {device.type} devices"
+    if problem is None:
+        return device.type
+    _warn_about_fallback(problem)
+    return "reference"
+
+
+def _warn_about_fallback(problem: str) -> None:
+    global _warned_about_fallback
+    if not _warned_about_fallback:
+        _warned_about_fallback = True
+        warnings.warn(f"adapt_pruner runs the slow reference ops: {problem}", RuntimeWarning, stacklevel=5)
+
+
+def _cuda_problem() -> str | None:
+    if _extension is None:
+        return _extension_problem
+    if build_info()["cuda"] is None:
+        return "built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    driver, runtime = _extension.cuda_driver_version(), build_info()["cuda"]
+    if driver // 1000 < int(runtime.split(".")[0]):  # the runtime is linked in, whatever torch brings along
+        return f"built with CUDA {runtime}, the driver supports only {driver // 1000}.{driver % 1000 // 10}"
+    return None
+
+
+def _architecture_problem(device: torch.device) -> str | None:
+    """Machine code runs on the same major architecture from its minor on; PTX on everything newer."""
+    capability = torch.cuda.get_device_capability(device)
+    built = build_info()["cuda_archs"]
+    for entry in built.split(","):
+        major, minor = (int(part) for part in entry.removesuffix("+PTX").split("."))
+        same_major = capability[0] == major and capability[1] >= minor
+        if same_major or (entry.endswith("+PTX") and capability >= (major, minor)):
+            return None
+    return f"built for CUDA architectures {built}, {device} is {capability[0]}.{capability[1]}"

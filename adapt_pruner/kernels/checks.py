@@ -1,0 +1,150 @@
+"""Argument checks shared by every backend: ValueError with what was seen and what was expected.
+
+The native ops repeat them in C++ (csrc/checks.h) because they can be called without the wrappers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MODES = ("first", "vectorize", "second", "mixed", "magnitude_l1", "magnitude_l2")
+MODES_WITH_GRADS = ("first", "vectorize", "mixed")
+MODES_WITH_FISHERS = ("second", "mixed")
+METRICS = ("cosine", "euclidean", "manhattan")
+NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_importance(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    fishers: Sequence[Tensor],
+    dims: Sequence[int],
+    group_sizes: Sequence[int],
+    mode: str,
+) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r}: expected one of {', '.join(MODES)}")
+    check_members("weights", weights, dims, group_sizes)
+    _check_companions("grads", grads, weights, needed=mode in MODES_WITH_GRADS, mode=mode)
+    _check_companions("fishers", fishers, weights, needed=mode in MODES_WITH_FISHERS, mode=mode)
+    for i, weight in enumerate(weights):
+        _check_floating(f"weights[{i}]", weight)
+
+
+def check_gather(
+    tensors: Sequence[Tensor], dims: Sequence[int], group_sizes: Sequence[int], keep: Tensor
+) -> None:
+    units = check_members("tensors", tensors, dims, group_sizes)
+    for i, tensor in enumerate(tensors):
+        if tensor.element_size() not in (1, 2, 4, 8):
+            raise ValueError(
+                f"tensors[{i}]: expected elements of 1, 2, 4 or 8 bytes, got {tensor.element_size()} "
+                f"({tensor.dtype})"
+            )
+    if keep.dim() != 1 or keep.dtype != torch.int64:
+        raise ValueError(f"keep: expected a 1-D int64 tensor, got {keep.dim()}-D {keep.dtype}")
+    if not torch.compiler.is_compiling():  # values are unknown while tracing; the native op checks them too
+        _check_keep_values(keep.cpu(), units)
+
+
+def check_similarity(h_in: Tensor, h_out: Tensor, metric: str) -> None:
+    if metric not in METRICS:
+        raise ValueError(f"metric {metric!r}: expected one of {', '.join(METRICS)}")
+    if h_in.shape != h_out.shape:
+        raise ValueError(f"h_out: expected the shape of h_in {tuple(h_in.shape)}, got {tuple(h_out.shape)}")
+    if h_in.dim() < 1 or h_in.numel() == 0:
+        raise ValueError(f"h_in: expected [..., hidden] with at least one token, got {tuple(h_in.shape)}")
+    if h_in.dtype != h_out.dtype:
+        raise ValueError(f"h_out: expected the dtype of h_in {h_in.dtype}, got {h_out.dtype}")
+    if h_in.device != h_out.device:
+        raise ValueError(f"h_out: expected the device of h_in {h_in.device}, got {h_out.device}")
+    _check_floating("h_in", h_in)
+
+
+def check_members(
+    name: str, tensors: Sequence[Tensor], dims: Sequence[int], group_sizes: Sequence[int]
+) -> int:
+    """Check shapes, strides and devices of the members of one unit kind; returns the number of units."""
+    if not tensors:
+        raise ValueError(f"{name}: expected at least one tensor, got none")
+    for other, values in (("dims", dims), ("group_sizes", group_sizes)):
+        if len(values) != len(tensors):
+            raise ValueError(f"{other}: expected one for each of {len(tensors)} tensors, got {len(values)}")
+    units = -1
+    for i, (tensor, dim, group_size) in enumerate(zip(tensors, dims, group_sizes, strict=True)):
+        _check_layout(f"{name}[{i}]", tensor)
+        if not 0 <= dim < tensor.dim():
+            raise ValueError(f"dims[{i}]: expected a dimension of a {tensor.dim()}-D tensor, got {dim}")
+        length = tensor.shape[dim]
+        if group_size < 1 or length % group_size != 0:
+            raise ValueError(
+                f"group_sizes[{i}]: expected a divisor of the {length} indices of dimension {dim}, "
+                f"got {group_size}"
+            )
+        if units >= 0 and length // group_size != units:
+            raise ValueError(
+                f"{name}[{i}]: expected {units} units as in {name}[0], got {length // group_size}"
+            )
+        if tensor.device != tensors[0].device:
+            raise ValueError(f"{name}[{i}]: expected device {tensors[0].device}, got {tensor.device}")
+        units = length // group_size
+    return units
+
+
+def _check_layout(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dim() not in (1, 2):
+        raise ValueError(f"{name}: expected a 1-D or 2-D tensor, got shape {tuple(tensor.shape)}")
+    if tensor.numel() == 0:
+        return
+    strides, columns = tensor.stride(), tensor.shape[-1]
+    dense_rows = strides[-1] == 1 or columns == 1
+    rows_apart = tensor.dim() == 1 or tensor.shape[0] == 1 or strides[0] >= columns
+    if not (dense_rows and rows_apart):
+        raise ValueError(
+            f"{name}: expected contiguous rows (last stride 1, row stride >= {columns}), got strides {strides}"
+        )
+
+
+def _check_companions(
+    name: str, companions: Sequence[Tensor], weights: Sequence[Tensor], *, needed: bool, mode: str
+) -> None:
+    expected = len(weights) if needed else 0
+    if len(companions) != expected:
+        raise ValueError(f"{name}: mode {mode!r} expects {expected} tensors, got {len(companions)}")
+    for i, (companion, weight) in enumerate(zip(companions, weights, strict=False)):
+        _check_layout(f"{name}[{i}]", companion)
+        if companion.shape != weight.shape:
+            raise ValueError(
+                f"{name}[{i}]: expected the weight's shape {tuple(weight.shape)}, got {tuple(companion.shape)}"
+            )
+        if companion.dtype not in (weight.dtype, torch.float32):
+            raise ValueError(
+                f"{name}[{i}]: expected the weight's dtype {weight.dtype} or torch.float32, "
+                f"got {companion.dtype}"
+            )
+        if companion.device != weight.device:
+            raise ValueError(f"{name}[{i}]: expected device {weight.device}, got {companion.device}")
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (*NATIVE_DTYPES, torch.float64):
+        raise ValueError(f"{name}: expected float32, float16 or bfloat16, got {tensor.dtype}")
+
+
+def _check_keep_values(keep: Tensor, units: int) -> None:
+    out_of_range = ((keep < 0) | (keep >= units)).nonzero()
+    if out_of_range.numel() > 0:
+        i = int(out_of_range[0])
+        raise ValueError(f"keep[{i}] = {int(keep[i])}: expected 0 <= unit < {units}")
+    disordered = (keep[1:] <= keep[:-1]).nonzero()
+    if disordered.numel() > 0:
+        i = int(disordered[0]) + 1
+        raise ValueError(
+            f"keep[{i}] = {int(keep[i])}: expected more than keep[{i - 1}] = {int(keep[i - 1])} "
+            "(sorted, each unit once)"
+        )

@@ -1,0 +1,68 @@
+"""From a pruned stock model to the model class that can be saved and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from adapt_pruner.families import LayerWidths, is_uniform
+from adapt_pruner.modeling.registration import register
+
+_WIDTH_KEYS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+# Written anew by whatever config class is chosen.
+_DROPPED_KEYS = ("per_layer_config", "auto_map", "architectures", "model_type", "transformers_version")
+
+
+def pruned_config(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> PreTrainedConfig:
+    """Config of the model with the given widths.
+
+    Layers of equal widths give the stock config class (no custom code to load it), others the
+    `adapt_*` class with `per_layer_config`. Everything else is taken over from `config`.
+    """
+    register()
+    values = {k: v for k, v in config.to_dict().items() if k not in _DROPPED_KEYS}
+    values["head_dim"] = widths[0].head_dim
+    for key in _WIDTH_KEYS:
+        values[key] = max(getattr(layer, key) for layer in widths)
+    stock_type = config.model_type.removeprefix("adapt_")
+    if is_uniform(widths):
+        try:
+            return _with_architecture(AutoConfig.for_model(stock_type, **values))
+        except StrictDataclassError:
+            # Stock Llama insists on hidden_size being a multiple of the heads; the adapt class does not.
+            pass
+    values["per_layer_config"] = {
+        i: {key: getattr(layer, key) for key in _WIDTH_KEYS} for i, layer in enumerate(widths)
+    }
+    return _with_architecture(AutoConfig.for_model(f"adapt_{stock_type}", **values))
+
+
+def _with_architecture(config: PreTrainedConfig) -> PreTrainedConfig:
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    config.architectures = [model_class.__name__]
+    return config
+
+
+def convert_pruned_model(model: PreTrainedModel, widths: Sequence[LayerWidths]) -> PreTrainedModel:
+    """The same weights in the class that describes the widths; no weight is copied.
+
+    Args:
+        model: a stock or `adapt_*` causal LM whose modules already have the given widths.
+    """
+    config = pruned_config(model.config, widths)
+    config.dtype = model.dtype
+    with torch.device("meta"):
+        converted = AutoModelForCausalLM.from_config(config)
+    converted.load_state_dict(model.state_dict(), assign=True)
+    for name, buffer in model.named_buffers():  # rotary frequencies are not in the state dict
+        owner, _, leaf = name.rpartition(".")
+        setattr(converted.get_submodule(owner), leaf, buffer)
+    converted.tie_weights()
+    converted.generation_config = model.generation_config
+    converted.set_attn_implementation(model.config._attn_implementation)
+    return converted.train(model.training)
+
+
