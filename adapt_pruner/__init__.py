@@ -1,2 +1,3 @@
 from adapt_pruner.modeling.registration import register_when_transformers_is_imported
+
 register_when_transformers_is_imported()

@@ -1,6 +1,15 @@
 """Families of decoder models: one Family object each, found by the `model_type` of a config."""
 
-from adapt_pruner.families.base import Family, LayerWidths, UnitKind, UnitTensor, is_uniform, layer_widths
+from adapt_pruner.families.base import (
+    Family,
+    LayerWidths,
+    UnitKind,
+    UnitTensor,
+    is_uniform,
+    layer_widths,
+    unit_costs,
+    unit_counts,
+)
 from adapt_pruner.families.llama import LLAMA
 from adapt_pruner.families.qwen import QWEN2
 
@@ -32,4 +41,6 @@ __all__ = [
     "find_family",
     "is_uniform",
     "layer_widths",
+    "unit_costs",
+    "unit_counts",
 ]

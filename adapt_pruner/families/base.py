@@ -1,7 +1,8 @@
-"""What a family is: which tensors form a prunable unit, along which axis, and how many rows each unit owns."""
+"""What a family is: which tensors form a prunable unit, along which axis, and how many rows a unit owns."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,7 +20,7 @@ class LayerWidths:
     head_dim: int
 
     def span(self, span: Span) -> int:
-        """How many consecutive rows (or columns) one unit owns: 1, head_dim, or heads_per_group * head_dim."""
+        """Consecutive rows (or columns) of one unit: 1, head_dim, or heads_per_group * head_dim."""
         if span == "one":
             return 1
         if span == "head":
@@ -48,7 +49,7 @@ class UnitTensor:
 
 @dataclass(frozen=True)
 class UnitKind:
-    """A kind of prunable unit: "channel" or "kv_group" (algorithm.md glossary), with all its member tensors."""
+    """A kind of prunable unit, "channel" or "kv_group", with all its member tensors."""
 
     name: str
     members: tuple[Member, ...]
@@ -160,6 +161,38 @@ def _positive(config: Mapping[str, Any], key: str) -> int:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"config.json: {key} is {value!r}, expected a positive integer")
     return value
+
+
+def unit_counts(family: Family, widths: Sequence[LayerWidths]) -> tuple[dict[str, int], ...]:
+    """Per layer, number of units of each kind."""
+    return tuple({kind.name: kind.count(layer) for kind in family.unit_kinds} for layer in widths)
+
+
+def unit_costs(
+    family: Family, widths: Sequence[LayerWidths], shapes: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, int], ...]:
+    """Per layer, parameters of one unit of each kind.
+
+    Args:
+        shapes: shape of every tensor of the model, by name.
+    Raises:
+        ValueError: a tensor is missing, or its shape does not fit the widths.
+    """
+    costs = []
+    for i, layer in enumerate(widths):
+        cost = {}
+        for kind in family.unit_kinds:
+            tensors = family.unit_tensors(kind, i, layer, shapes)
+            for tensor in tensors:
+                expected = kind.count(layer) * tensor.group_size
+                if shapes[tensor.name][tensor.dim] != expected:
+                    raise ValueError(
+                        f"{tensor.name} has shape {tuple(shapes[tensor.name])}, the config asks for {expected} "
+                        f"in dimension {tensor.dim}"
+                    )
+            cost[kind.name] = sum(math.prod(shapes[t.name]) for t in tensors) // kind.count(layer)
+        costs.append(cost)
+    return tuple(costs)
 
 
 def is_uniform(widths: Sequence[LayerWidths]) -> bool:

@@ -106,7 +106,8 @@ def _check_layout(name: str, tensor: Tensor) -> None:
     rows_apart = tensor.dim() == 1 or tensor.shape[0] == 1 or strides[0] >= columns
     if not (dense_rows and rows_apart):
         raise ValueError(
-            f"{name}: expected contiguous rows (last stride 1, row stride >= {columns}), got strides {strides}"
+            f"{name}: expected contiguous rows (last stride 1, row stride >= {columns}), "
+            f"got strides {strides}"
         )
 
 
@@ -120,7 +121,8 @@ def _check_companions(
         _check_layout(f"{name}[{i}]", companion)
         if companion.shape != weight.shape:
             raise ValueError(
-                f"{name}[{i}]: expected the weight's shape {tuple(weight.shape)}, got {tuple(companion.shape)}"
+                f"{name}[{i}]: expected the weight's shape {tuple(weight.shape)}, "
+                f"got {tuple(companion.shape)}"
             )
         if companion.dtype not in (weight.dtype, torch.float32):
             raise ValueError(

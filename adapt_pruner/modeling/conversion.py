@@ -64,5 +64,3 @@ def convert_pruned_model(model: PreTrainedModel, widths: Sequence[LayerWidths]) 
     converted.generation_config = model.generation_config
     converted.set_attn_implementation(model.config._attn_implementation)
     return converted.train(model.training)
-
-

@@ -57,9 +57,13 @@ class PerLayerConfigMixin:
         for i, layer in enumerate(self.per_layer_config):
             heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
             if kv_heads < 1 or heads < 1 or heads % kv_heads:
-                raise ValueError(f"layer {i}: {heads} attention heads are not a multiple of {kv_heads} KV heads")
+                raise ValueError(
+                    f"layer {i}: {heads} attention heads are not a multiple of {kv_heads} KV heads"
+                )
             if layer.intermediate_size < 1:
-                raise ValueError(f"layer {i}: intermediate_size is {layer.intermediate_size}, expected 1 or more")
+                raise ValueError(
+                    f"layer {i}: intermediate_size is {layer.intermediate_size}, expected 1 or more"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The stock dictionary, with the rotary settings under their older names too.

@@ -1,0 +1,212 @@
+"""From layer importance and a parameter budget to the number of units each layer keeps. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Counts = tuple[dict[str, int], ...]
+Normalization = Literal["max", "rank", "zscore_clip"]
+NORMALIZATIONS: tuple[Normalization, ...] = ("max", "rank", "zscore_clip")
+
+MAX_SPARSITY = 0.99
+FINE_UNIT = "channel"  # the unit that is traded one by one to land on the budget
+
+
+@dataclass(frozen=True)
+class UnitBudget:
+    """How many units there are and what they cost.
+
+    Attributes:
+        initial, current: per layer, number of units of each kind in the original model and now.
+        cost: per layer, parameters of one unit of each kind.
+        num_parameters: parameters of the model now.
+    """
+
+    initial: Counts
+    current: Counts
+    cost: Counts
+    num_parameters: int
+
+    def parameters(self, counts: Counts) -> int:
+        """Parameters of the model once `counts` units remain."""
+        return self.num_parameters - sum(
+            (now[kind] - after[kind]) * cost[kind]
+            for now, after, cost in zip(self.current, counts, self.cost, strict=True)
+            for kind in now
+        )
+
+    @property
+    def floor(self) -> int:
+        """Parameters with one unit of each kind per layer: no budget below it can be met."""
+        return self.parameters(tuple(dict.fromkeys(layer, 1) for layer in self.current))
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The outcome of one iteration: cumulative sparsity and units to keep per layer, and whether it is the
+    last iteration because the budget is met."""
+
+    sparsity: Floats
+    counts: Counts
+    landed: bool
+
+
+def normalize_importance(importance: Floats, how: Normalization = "max") -> Floats:
+    """Layer importance brought to mean 0 within [-1, 1]; all equal gives all zeros.
+
+    `max` subtracts the mean and divides by the largest absolute value (arXiv 2502.03460 section 3.2). `rank`
+    first replaces importance by its rank, `zscore_clip` first clips it at two standard deviations.
+
+    Raises:
+        ValueError: unknown `how`, or importance that is not finite.
+    """
+    if how not in NORMALIZATIONS:
+        raise ValueError(f"normalize is {how!r}, expected one of {NORMALIZATIONS}")
+    if not np.all(np.isfinite(importance)):
+        raise ValueError(f"layer importance is not finite: {importance.tolist()}")
+    if how == "rank":
+        # Equal layers share the mean of the ranks they cover.
+        importance = np.array([(importance < v).sum() + (importance == v).sum() / 2 for v in importance])
+    elif how == "zscore_clip" and importance.std() > 0:
+        importance = np.clip((importance - importance.mean()) / importance.std(), -2, 2)
+    centred = importance - importance.mean()
+    largest = np.abs(centred).max()
+    return centred / largest if largest > 0 else np.zeros_like(centred)
+
+
+def next_sparsity(
+    sparsity: Floats, importance: Floats, iterations: int, amplitude: float, scale: float = 1.0
+) -> Floats:
+    """s_i + scale * (1/N - A * I_i), clipped to [0, 0.99]; algorithm.md section 4."""
+    return np.clip(sparsity + scale * (1 / iterations - amplitude * importance), 0.0, MAX_SPARSITY)
+
+
+def counts_at(budget: UnitBudget, sparsity: Floats) -> Counts:
+    """Units each layer keeps at a cumulative sparsity; units never come back and one always stays.
+
+    Channels round down; kv_groups go only when their full share is due.
+    """
+    counts = []
+    for initial, current, s in zip(budget.initial, budget.current, sparsity.tolist(), strict=True):
+        layer = {}
+        for kind, n in initial.items():
+            due = int(n * (1 - s)) if kind == FINE_UNIT else n - int(np.floor(n * s + 1e-9))
+            layer[kind] = min(current[kind], max(1, due))
+        counts.append(layer)
+    return tuple(counts)
+
+
+def allocate(
+    budget: UnitBudget,
+    sparsity: Floats,
+    layer_importance: Floats,
+    unit_importance: Sequence[Mapping[str, Floats]],
+    *,
+    target: int,
+    iterations: int,
+    amplitude: float,
+) -> Allocation:
+    """One iteration of the adaptive allocation, landing on the budget when this iteration reaches it.
+
+    A step that would reach the target is scaled down until it just does not, and the rest goes channel by
+    channel, least importance per parameter first. The result then has at most `target` parameters and less
+    than one channel's parameters below it.
+
+    Args:
+        sparsity: [layers], cumulative sparsity so far, as a fraction of the initial units.
+        layer_importance: [layers], normalised.
+        unit_importance: per layer and kind, one score per current unit.
+        target: parameters to land on; at least `budget.floor`.
+    Source: arXiv 2502.03460 section 3.2; landing is ours (algorithm.md section 4).
+    """
+
+    def step(scale: float) -> tuple[Floats, Counts]:
+        s = next_sparsity(sparsity, layer_importance, iterations, amplitude, scale)
+        return s, counts_at(budget, s)
+
+    assert target >= budget.floor
+    full_sparsity, full_counts = step(1.0)
+    reached = budget.parameters(full_counts)
+    if reached > target:
+        # Where every layer is at its largest sparsity no further step changes anything: trade the rest.
+        if not np.array_equal(full_sparsity, sparsity):
+            return Allocation(full_sparsity, full_counts, landed=False)
+        return Allocation(full_sparsity, _trade(budget, full_counts, unit_importance, target), landed=True)
+    low, high = 0.0, 1.0
+    while (middle := (low + high) / 2) not in (low, high):
+        if budget.parameters(step(middle)[1]) > target:
+            low = middle
+        else:
+            high = middle
+    landed_sparsity, counts = step(low)
+    return Allocation(landed_sparsity, _trade(budget, counts, unit_importance, target), landed=True)
+
+
+def _trade(
+    budget: UnitBudget, counts: Counts, unit_importance: Sequence[Mapping[str, Floats]], target: int
+) -> Counts:
+    """Removes single channels, least importance per parameter first, until the budget is met.
+
+    kv_groups go only if the channels cannot carry what is left.
+    """
+    counts = tuple(dict(layer) for layer in counts)
+    ascending = [{kind: np.sort(scores) for kind, scores in layer.items()} for layer in unit_importance]
+
+    def next_price(layer: int, kind: str) -> float:
+        removed = len(ascending[layer][kind]) - counts[layer][kind]
+        return float(ascending[layer][kind][removed]) / budget.cost[layer][kind]
+
+    def removable(kind: str) -> list[int]:
+        return [i for i, layer in enumerate(counts) if layer[kind] > 1]
+
+    coarse = [kind for kind in counts[0] if kind != FINE_UNIT]
+    while budget.parameters(counts) - target > sum(
+        (layer[FINE_UNIT] - 1) * cost[FINE_UNIT] for layer, cost in zip(counts, budget.cost, strict=True)
+    ):
+        _, layer, kind = min((next_price(i, kind), i, kind) for kind in coarse for i in removable(kind))
+        counts[layer][kind] -= 1
+
+    prices, owners = [], []
+    for i, layer_counts in enumerate(counts):
+        scores = ascending[i][FINE_UNIT]
+        removed = len(scores) - layer_counts[FINE_UNIT]
+        candidates = scores[removed : len(scores) - 1] / budget.cost[i][FINE_UNIT]
+        prices.append(candidates)
+        owners.append(np.full(len(candidates), i))
+    owner = np.concatenate(owners)[np.argsort(np.concatenate(prices), kind="stable")]
+    excess = budget.parameters(counts) - target
+    for i in owner.tolist():
+        if excess <= 0:
+            break
+        counts[i][FINE_UNIT] -= 1
+        excess -= budget.cost[i][FINE_UNIT]
+    # Where a whole group had to go, channels removed before it may fit again.
+    for i in sorted(range(len(counts)), key=lambda i: -_last_removed(ascending[i][FINE_UNIT], counts[i])):
+        room = min(-excess // budget.cost[i][FINE_UNIT], budget.current[i][FINE_UNIT] - counts[i][FINE_UNIT])
+        if room > 0:
+            counts[i][FINE_UNIT] += room
+            excess += room * budget.cost[i][FINE_UNIT]
+    return counts
+
+
+def _last_removed(ascending: Floats, counts: Mapping[str, int]) -> float:
+    removed = len(ascending) - counts[FINE_UNIT]
+    return float(ascending[removed - 1]) if removed else -np.inf
+
+
+def select_units(importance: Floats, count: int) -> npt.NDArray[np.int64]:
+    """Sorted indices of the `count` most important units; of equal ones the later stays.
+
+    Raises:
+        ValueError: scores that are not finite.
+    """
+    if not np.all(np.isfinite(importance)):
+        raise ValueError(f"{int((~np.isfinite(importance)).sum())} unit importances are not finite")
+    order = np.argsort(importance, kind="stable")
+    return np.sort(order[len(order) - count :]).astype(np.int64)

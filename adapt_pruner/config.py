@@ -1,0 +1,99 @@
+"""The configuration of every command: frozen, checked when made, saved beside every run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9}
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Settings of `prune`.
+
+    Args:
+        model: directory of a Hugging Face model, name of a built-in model, or name on the hub.
+        target: what to keep: a fraction of the parameters (0.8) or a count of parameters (108M).
+        output: run directory to create.
+        target_of: what the target refers to: all parameters, or those outside embedding and head.
+        iterations: pruning rounds that would remove everything; each removes 1/iterations on average.
+        amplitude: how far a layer's share of a round may differ from the average.
+        layer_metric: how far a layer's output is from its input.
+        normalize: how layer importance is brought to [-1, 1].
+        calibration: calibration text: "default", a .txt, .jsonl, .json, .csv or .parquet file, or a data set's
+            name.
+        calibration_column: text column of the file or data set; "text" if not given.
+        num_sequences: calibration sequences drawn anew for each iteration.
+        sequence_length: tokens of each sequence.
+        micro_batch_size: sequences per forward and backward pass.
+        pack: join calibration documents instead of drawing from long enough ones.
+        seed: of the calibration draws.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: dtype to score and save in; "auto" keeps that of the checkpoint.
+        backend: kernels to use.
+        resume: go on with the unfinished run in the output directory.
+    """
+
+    model: str
+    target: float | str
+    output: str
+    target_of: Literal["all", "non-embedding"] = "all"
+    iterations: int = 50
+    amplitude: float = 0.02
+    layer_metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"
+    normalize: Literal["max", "rank", "zscore_clip"] = "max"
+    calibration: str = "default"
+    calibration_column: str | None = None
+    num_sequences: int = 512
+    sequence_length: int = 64
+    micro_batch_size: int = 16
+    pack: bool = False
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = "auto"
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        parse_target(self.target)
+        for name in ("iterations", "num_sequences", "micro_batch_size"):
+            _require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
+        _require("sequence_length", self.sequence_length, "at least 2", self.sequence_length >= 2)
+        _require("seed", self.seed, "at least 0", self.seed >= 0)
+        _require("amplitude", self.amplitude, "finite, at least 0", 0 <= self.amplitude < math.inf)
+        _require_choice("target_of", self.target_of, ("all", "non-embedding"))
+        _require_choice("layer_metric", self.layer_metric, ("cosine", "euclidean", "manhattan"))
+        _require_choice("normalize", self.normalize, ("max", "rank", "zscore_clip"))
+        _require_choice("dtype", self.dtype, ("auto", "fp32", "bf16", "fp16"))
+
+
+def parse_target(target: float | str) -> float | int:
+    """A fraction in (0, 1] as a float, or a count of parameters as an int ("108M", "1.2B", 500000).
+
+    Raises:
+        ValueError: neither.
+    """
+    text = str(target).strip().replace("_", "").replace(",", "")
+    scale = _SUFFIXES.get(text[-1:].upper(), 0)
+    try:
+        value = float(text[:-1]) * scale if scale else float(text)
+    except ValueError:
+        value = math.nan
+    if not scale and 0 < value <= 1:
+        return value
+    if value > 1 and math.isfinite(value):
+        return round(value)
+    raise ValueError(
+        f"target is {target!r}, expected a fraction in (0, 1] or a count of parameters such as 108M or 1.2B"
+    )
+
+
+def _require(name: str, value: Any, expected: str, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value!r}, expected {expected}")
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(name, value, f"one of {choices}", value in choices)

@@ -1,0 +1,132 @@
+"""The in-memory engine: the whole model on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from adapt_pruner.allocation import Counts, UnitBudget
+from adapt_pruner.checkpoint import Checkpoint, CheckpointError, copy_side_files, open_checkpoint
+from adapt_pruner.families import find_family, layer_widths, unit_costs, unit_counts
+from adapt_pruner.plan import Indices
+from adapt_pruner.scoring import Scores, score
+from adapt_pruner.scoring.layers import Metric
+from adapt_pruner.surgery import prune_layer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is the first CUDA device, else the CPU.
+
+    Raises:
+        ValueError: the named device does not exist here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {device!r}, which is not usable here: {error}") from error
+    return resolved
+
+
+def load_model(
+    checkpoint: Checkpoint | str | Path, *, device: str = "auto", dtype: str = "auto"
+) -> PreTrainedModel:
+    """Loads a verified checkpoint as a causal LM in evaluation mode; never runs code from the checkpoint.
+
+    Args:
+        dtype: "auto" keeps the dtype of the checkpoint; else "fp32", "bf16" or "fp16".
+    Raises:
+        CheckpointError: damaged files, tensors that do not fit the config, or weights that are not finite.
+        ValueError: unknown architecture, device or dtype.
+    """
+    import adapt_pruner.modeling
+
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint)
+    find_family(checkpoint.config.get("model_type"))
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected auto or one of {sorted(DTYPES)}")
+    target = resolve_device(device)
+    adapt_pruner.modeling.register()
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        checkpoint.directory,
+        dtype=DTYPES.get(dtype, "auto"),
+        output_loading_info=True,
+        local_files_only=True,
+    )
+    problems = {k: sorted(map(str, v)) for k, v in info.items() if k != "error_msgs" and v}
+    problems.pop("unexpected_keys", None)
+    if problems:
+        raise CheckpointError(f"{checkpoint.directory}: tensors do not fit the config: {problems}")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            count = int((~torch.isfinite(parameter)).sum())
+            raise CheckpointError(
+                f"{checkpoint.directory}: {count} of {parameter.numel()} values of {name} are NaN or infinite"
+            )
+        # Off the file mapping: bytes that change under it would change the result, and so would alignment.
+        parameter.data = parameter.data.to(target, copy=True)
+    return model.to(target).eval()
+
+
+class InMemoryEngine:
+    """Scores and prunes a model that fits, with its gradients, on one device."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, device: str = "auto", dtype: str = "auto", backend: str = "auto"
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.family = find_family(checkpoint.config.get("model_type"))
+        self.widths = layer_widths(checkpoint.config)
+        self.model = load_model(checkpoint, device=device, dtype=dtype)
+        self._backend = backend
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters now; a tied head counts once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def budget(self, initial: Counts) -> UnitBudget:
+        """Units and their cost in parameters now; `initial` are the units of the original model."""
+        shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        costs = unit_costs(self.family, self.widths, shapes)
+        return UnitBudget(initial, unit_counts(self.family, self.widths), costs, self.num_parameters)
+
+    def score(self, batch: Tensor, *, micro_batch_size: int, metric: Metric = "cosine") -> Scores:
+        """Unit and layer importance from one forward and backward pass; `batch` is [sequences, length]."""
+        return score(
+            self.model,
+            self.family,
+            self.widths,
+            batch.to(self.model.device),
+            micro_batch_size=micro_batch_size,
+            metric=metric,
+            backend=self._backend,
+        )
+
+    def remove_units(self, keep: Sequence[Mapping[str, Indices]]) -> None:
+        """Keeps the named units of every layer, numbered as they are now; the rest is gone for good."""
+        self.widths = tuple(
+            prune_layer(self.model, self.family, layer, widths, layer_keep, backend=self._backend)
+            for layer, (widths, layer_keep) in enumerate(zip(self.widths, keep, strict=True))
+        )
+
+    def save(self, directory: Path) -> None:
+        """Writes the model with its tokenizer files in the native form (formats.md section 1)."""
+        from adapt_pruner.modeling.conversion import convert_pruned_model
+
+        convert_pruned_model(self.model, self.widths).save_pretrained(directory)
+        copy_side_files(self.checkpoint.directory, directory)

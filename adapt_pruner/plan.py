@@ -1,0 +1,171 @@
+"""The pruning plan: which units of which layer stay. The only bridge between scoring and surgery."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adapt_pruner.checkpoint import write_text
+from adapt_pruner.families import Family, LayerWidths
+
+FORMAT_VERSION = 1
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """keep_indices of every layer and unit kind, numbered as in the base model.
+
+    Attributes:
+        base_model: the name the base model was given by.
+        config_hash, weight_fingerprint: identify the base model's config and weights.
+        family: name of the family.
+        settings: method and settings that led to this plan, for the record.
+        initial_units: per layer, number of units of each kind in the base model.
+        keep_indices: per layer, sorted unique int64 indices of the units that stay.
+    """
+
+    base_model: str
+    config_hash: str
+    weight_fingerprint: str
+    family: str
+    settings: Mapping[str, Any]
+    initial_units: tuple[Mapping[str, int], ...]
+    keep_indices: tuple[Mapping[str, Indices], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.initial_units) != len(self.keep_indices):
+            raise ValueError(
+                f"plan has {len(self.initial_units)} layers of units but {len(self.keep_indices)} of indices"
+            )
+        for layer, (initial, keep) in enumerate(zip(self.initial_units, self.keep_indices, strict=True)):
+            if set(initial) != set(keep):
+                raise ValueError(f"layer {layer}: unit kinds {sorted(keep)}, expected {sorted(initial)}")
+            for kind, indices in keep.items():
+                where = f"plan, layer {layer}, {kind}"
+                if len(indices) == 0:
+                    raise ValueError(f"{where}: no unit is kept, at least one must remain")
+                if np.any(np.diff(indices) <= 0):
+                    raise ValueError(f"{where}: keep_indices are not sorted and unique")
+                if indices[0] < 0 or indices[-1] >= initial[kind]:
+                    raise ValueError(
+                        f"{where}: keep_indices span {indices[0]}..{indices[-1]}, "
+                        f"expected within 0..{initial[kind] - 1}"
+                    )
+
+    @property
+    def hash(self) -> str:
+        """sha256 over everything in the plan."""
+        return hashlib.sha256(json.dumps(self._payload(), sort_keys=True).encode()).hexdigest()
+
+    def removes_nothing(self) -> bool:
+        return all(
+            len(keep[kind]) == initial[kind]
+            for initial, keep in zip(self.initial_units, self.keep_indices, strict=True)
+            for kind in keep
+        )
+
+    def widths(self, family: Family, base: Sequence[LayerWidths]) -> tuple[LayerWidths, ...]:
+        """Widths of the pruned model.
+
+        Raises:
+            ValueError: the base widths are not those the plan was made for.
+        """
+        if len(base) != len(self.keep_indices):
+            raise ValueError(f"the plan has {len(self.keep_indices)} layers, the model {len(base)}")
+        result = []
+        for layer, (widths, initial, keep) in enumerate(
+            zip(base, self.initial_units, self.keep_indices, strict=True)
+        ):
+            pruned = widths
+            for kind in family.unit_kinds:
+                if kind.count(widths) != initial[kind.name]:
+                    raise ValueError(
+                        f"layer {layer}: the model has {kind.count(widths)} units of {kind.name}, "
+                        f"the plan was made for {initial[kind.name]}"
+                    )
+                pruned = kind.resized(pruned, len(keep[kind.name]))
+            result.append(pruned)
+        return tuple(result)
+
+    def _payload(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "base_model": self.base_model,
+            "config_hash": self.config_hash,
+            "weight_fingerprint": self.weight_fingerprint,
+            "family": self.family,
+            "settings": dict(self.settings),
+            "layers": [
+                {
+                    kind: {"initial": initial[kind], "keep_runs": encode_runs(keep[kind])}
+                    for kind in sorted(keep)
+                }
+                for initial, keep in zip(self.initial_units, self.keep_indices, strict=True)
+            ],
+        }
+
+    def to_json(self) -> str:
+        """The plan as JSON, keep_indices run-length coded as [first, length], with its hash."""
+        return json.dumps({**self._payload(), "hash": self.hash}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Reads a plan.
+
+        Raises:
+            ValueError: not a plan, another format version, or contents that do not match the hash.
+        """
+        try:
+            payload = json.loads(text)
+            version, stored = payload["format_version"], payload["hash"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"not a pruning plan: {error!r}") from error
+        if version != FORMAT_VERSION:
+            raise ValueError(f"plan format version is {version!r}, expected {FORMAT_VERSION}")
+        plan = cls(
+            payload["base_model"],
+            payload["config_hash"],
+            payload["weight_fingerprint"],
+            payload["family"],
+            payload["settings"],
+            tuple({kind: entry["initial"] for kind, entry in layer.items()} for layer in payload["layers"]),
+            tuple(
+                {kind: decode_runs(entry["keep_runs"]) for kind, entry in layer.items()}
+                for layer in payload["layers"]
+            ),
+        )
+        if plan.hash != stored:
+            raise ValueError(f"the plan was changed or damaged: hash is {plan.hash}, expected {stored}")
+        return plan
+
+    def save(self, path: str | Path) -> None:
+        write_text(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningPlan:
+        """Reads a plan file; errors as `from_json`, naming the file."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def encode_runs(indices: Indices) -> list[list[int]]:
+    """Sorted indices as runs [first, length]."""
+    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+    return [[int(run[0]), len(run)] for run in np.split(indices, breaks)]
+
+
+def decode_runs(runs: Sequence[Sequence[int]]) -> Indices:
+    """Inverse of `encode_runs`."""
+    if not runs:
+        return np.empty(0, np.int64)
+    return np.concatenate([np.arange(first, first + length, dtype=np.int64) for first, length in runs])

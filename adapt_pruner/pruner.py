@@ -1,0 +1,336 @@
+"""The pruning loop: score -> allocate -> plan -> surgery, until the parameter budget is met."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from adapt_pruner.allocation import Floats, UnitBudget, allocate, normalize_importance, select_units
+from adapt_pruner.assets import resolve_model
+from adapt_pruner.checkpoint import (
+    Checkpoint,
+    atomic_directory,
+    config_hash,
+    open_checkpoint,
+    require_free_space,
+    write_json,
+)
+from adapt_pruner.config import PruneConfig, parse_target
+from adapt_pruner.data import TokenizedDocuments, check_vocabulary, load_documents, sample_sequences, tokenize
+from adapt_pruner.engines.in_memory import InMemoryEngine
+from adapt_pruner.families import Family, find_family, layer_widths, unit_costs, unit_counts
+from adapt_pruner.plan import Indices, PruningPlan
+from adapt_pruner.report.plots import plot_run
+from adapt_pruner.run import RunDirectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class IterationReport:
+    """Where a run stands after an iteration: loss in nats per token, parameters before, now and asked for."""
+
+    iteration: int
+    loss: float
+    parameters_before: int
+    parameters: int
+    parameters_target: int
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A finished run: its directory, the plan, and the contents of metrics.json."""
+
+    run_directory: Path
+    model_directory: Path
+    plan: PruningPlan
+    metrics: dict[str, Any]
+
+
+def prune(
+    config: PruneConfig, *, on_iteration: Callable[[IterationReport], None] | None = None
+) -> PruneResult:
+    """Prunes a model to a parameter budget and writes a run directory.
+
+    Everything that can be checked from headers and text is checked before any weight is loaded. The run can
+    be killed at any moment; with `resume` it goes on behind the last finished iteration and ends with the
+    same bytes.
+
+    Args:
+        on_iteration: called after each finished iteration.
+    Raises:
+        ValueError: a setting, the model, the target or the calibration text does not fit; the message names
+            the value seen and what was expected.
+        FileExistsError: the output directory is not empty.
+        OSError: not enough disk space for the pruned model.
+    Source: arXiv 2502.03460 section 3, algorithm.md section 4.
+    """
+    started = time.perf_counter()
+    checkpoint = open_checkpoint(resolve_model(config.model))
+    family = find_family(checkpoint.config.get("model_type"))
+    budget, embeddings = _header_budget(checkpoint, family)
+    target = resolve_target(config, budget, embeddings)
+    run = RunDirectory.open(config.output, config, resume=config.resume)
+    try:
+        if run.complete:
+            return _result(run)
+        require_free_space(run.path, _saved_bytes(config, checkpoint, target))
+        tokens = _calibration_tokens(config, checkpoint)
+        _prune(config, run, checkpoint, tokens, budget, embeddings, target, on_iteration, started)
+        return _result(run)
+    finally:
+        run.close()
+
+
+def resolve_target(config: PruneConfig, budget: UnitBudget, embeddings: int) -> int:
+    """The target as a count of all parameters.
+
+    Args:
+        budget: of the model before pruning.
+        embeddings: its parameters in embedding and head.
+    Raises:
+        ValueError: more than the model has, or less than one unit of each kind per layer leaves.
+    """
+    base = embeddings if config.target_of == "non-embedding" else 0
+    now, floor = budget.num_parameters - base, budget.floor - base
+    value = parse_target(config.target)
+    target = int(value * now) if isinstance(value, float) else value
+    if not floor <= target <= now:
+        relation = "above the current size" if target > now else "below what one unit per layer leaves"
+        raise ValueError(
+            f"target {config.target} is {target:,} {config.target_of} parameters, {relation}: "
+            f"expected {floor:,} to {now:,}"
+        )
+    return target + base
+
+
+def _header_budget(checkpoint: Checkpoint, family: Family) -> tuple[UnitBudget, int]:
+    """Budget and embedding parameters from the headers alone."""
+    widths = layer_widths(checkpoint.config)
+    counts = unit_counts(family, widths)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    costs = unit_costs(family, widths, shapes)
+    embeddings = sum(checkpoint.tensors[n].numel for n in family.embeddings if n in checkpoint.tensors)
+    return UnitBudget(counts, counts, costs, checkpoint.num_parameters), embeddings
+
+
+def _saved_bytes(config: PruneConfig, checkpoint: Checkpoint, target: int) -> int:
+    """Bytes of the pruned model and what is written beside it."""
+    per_parameter = checkpoint.num_bytes / checkpoint.num_parameters
+    if config.dtype != "auto":
+        per_parameter = 4 if config.dtype == "fp32" else 2
+    return int(target * per_parameter) + 32 * 2**20
+
+
+def _calibration_tokens(config: PruneConfig, checkpoint: Checkpoint) -> TokenizedDocuments:
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint.directory)
+    check_vocabulary(tokenizer, checkpoint.config["vocab_size"])
+    documents = load_documents(
+        config.calibration,
+        part="calibration" if config.calibration == "default" else None,
+        column=config.calibration_column,
+    )
+    tokens = tokenize(documents, tokenizer)
+    _draw(config, tokens, 0)  # too little text shows now, not after the model is loaded
+    return tokens
+
+
+def _draw(config: PruneConfig, tokens: TokenizedDocuments, iteration: int) -> torch.Tensor:
+    return sample_sequences(
+        tokens,
+        config.num_sequences,
+        config.sequence_length,
+        seed=config.seed,
+        iteration=iteration,
+        pack=config.pack,
+    )
+
+
+def _prune(
+    config: PruneConfig,
+    run: RunDirectory,
+    checkpoint: Checkpoint,
+    tokens: TokenizedDocuments,
+    budget: UnitBudget,
+    embeddings: int,
+    target: int,
+    on_iteration: Callable[[IterationReport], None] | None,
+    started: float,
+) -> None:
+    plan = PruningPlan(
+        base_model=config.model,
+        config_hash=config_hash(checkpoint.config),
+        weight_fingerprint=checkpoint.fingerprint(),
+        family=find_family(checkpoint.config.get("model_type")).name,
+        settings=_plan_settings(config),
+        initial_units=budget.initial,
+        keep_indices=tuple({k: np.arange(n) for k, n in layer.items()} for layer in budget.initial),
+    )
+    sparsity: Floats = np.zeros(len(budget.initial))
+    iteration = 0
+    engine = InMemoryEngine(checkpoint, device=config.device, dtype=config.dtype, backend=config.backend)
+    state = run.load_state()
+    if state is not None:
+        iteration = state["iteration"]
+        sparsity = np.array(state["sparsity"])
+        plan = PruningPlan.from_json(state["plan"])
+        engine.remove_units(plan.keep_indices)
+    run.log("resumed" if state else "started", iteration=iteration, parameters=engine.num_parameters)
+    with _deterministic(engine.model.device):
+        while engine.num_parameters > target:
+            iteration += 1
+            record, keep, sparsity = _iterate(
+                config, engine, tokens, budget.initial, sparsity, target, iteration
+            )
+            plan = dataclasses.replace(
+                plan,
+                keep_indices=tuple(
+                    {kind: old[kind][new[kind]] for kind in old}
+                    for old, new in zip(plan.keep_indices, keep, strict=True)
+                ),
+            )
+            run.save_iteration(iteration, record, {"sparsity": sparsity.tolist(), "plan": plan.to_json()})
+            run.log("iteration", **{key: record[key] for key in ("iteration", "loss", "parameters")})
+            if on_iteration:
+                on_iteration(
+                    IterationReport(
+                        iteration, record["loss"], budget.num_parameters, record["parameters"], target
+                    )
+                )
+    plan.save(run.plan)
+    records = run.iterations()
+    write_json(run.metrics, _metrics(engine, budget, embeddings, target, records, started))
+    if records:
+        plot_run(records, run.path / "widths.png", initial=budget.initial)
+    if not run.model.exists():
+        with atomic_directory(run.model) as partial:
+            engine.save(partial)
+    run.log("finished", parameters=engine.num_parameters)
+    run.finish()
+
+
+def _iterate(
+    config: PruneConfig,
+    engine: InMemoryEngine,
+    tokens: TokenizedDocuments,
+    initial: tuple[dict[str, int], ...],
+    sparsity: Floats,
+    target: int,
+    iteration: int,
+) -> tuple[dict[str, Any], tuple[dict[str, Indices], ...], Floats]:
+    """One round of score, allocate and surgery; returns its record, the kept units and the sparsity."""
+    clock = [time.perf_counter()]
+    scores = engine.score(
+        _draw(config, tokens, iteration),
+        micro_batch_size=config.micro_batch_size,
+        metric=config.layer_metric,
+    )
+    clock.append(time.perf_counter())
+    layer_importance = normalize_importance(scores.layer_importance, config.normalize)
+    allocation = allocate(
+        engine.budget(initial),
+        sparsity,
+        layer_importance,
+        scores.unit_importance,
+        target=target,
+        iterations=config.iterations,
+        amplitude=config.amplitude,
+    )
+    keep = tuple(
+        {kind: select_units(importance[kind], count) for kind, count in counts.items()}
+        for importance, counts in zip(scores.unit_importance, allocation.counts, strict=True)
+    )
+    clock.append(time.perf_counter())
+    engine.remove_units(keep)
+    clock.append(time.perf_counter())
+    record = {
+        "iteration": iteration,
+        "loss": scores.loss,
+        "parameters": engine.num_parameters,
+        "landed": allocation.landed,
+        "sparsity": allocation.sparsity.tolist(),
+        "layer_importance": scores.layer_importance.tolist(),
+        "layer_importance_normalised": layer_importance.tolist(),
+        "units": list(allocation.counts),
+        "unit_importance": [
+            {
+                kind: {"min": float(v.min()), "mean": float(v.mean()), "max": float(v.max())}
+                for kind, v in layer.items()
+            }
+            for layer in scores.unit_importance
+        ],
+        "seconds": dict(zip(("score", "allocate", "surgery"), np.diff(clock).round(4).tolist(), strict=True)),
+    }
+    return record, keep, allocation.sparsity
+
+
+def _plan_settings(config: PruneConfig) -> dict[str, Any]:
+    """What decided the plan; where it was written and on what it ran is not part of it."""
+    settings = dataclasses.asdict(config)
+    for key in ("output", "resume", "device", "backend"):
+        del settings[key]
+    return {"method": "adapt-pruner", **settings}
+
+
+def _metrics(
+    engine: InMemoryEngine,
+    budget: UnitBudget,
+    embeddings: int,
+    target: int,
+    records: list[dict[str, Any]],
+    started: float,
+) -> dict[str, Any]:
+    before, after = budget.num_parameters, engine.num_parameters
+    return {
+        "parameters_before": before,
+        "parameters_target": target,
+        "parameters_after": after,
+        "parameters_below_target": target - after,
+        "non_embedding_before": before - embeddings,
+        "non_embedding_after": after - embeddings,
+        "iterations": len(records),
+        "calibration_loss": [record["loss"] for record in records],
+        "seconds": round(time.perf_counter() - started, 3),
+        "peak_memory_bytes": _peak_memory(engine.model.device),
+    }
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Largest resident memory of this process, or largest allocation on the CUDA device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """The same bits from run to run; on the CPU that is so already for one number of threads."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _result(run: RunDirectory) -> PruneResult:
+    import json
+
+    metrics = json.loads(run.metrics.read_text(encoding="utf-8"))
+    return PruneResult(run.path, run.model, PruningPlan.load(run.plan), metrics)

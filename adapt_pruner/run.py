@@ -1,0 +1,175 @@
+"""The run directory: everything one command writes, and what a resume needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adapt_pruner.checkpoint import write_json, write_text
+
+# Settings that do not change the result, so a resumed run may have others.
+_FREE_TO_CHANGE = ("output", "resume")
+
+
+class RunDirectory:
+    """Layout: config.yaml environment.json log.jsonl metrics.json plan.json iterations/ model/ state/.
+
+    `state/` exists from the first finished iteration until the run is complete; `model/` appears by rename.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.model = path / "model"
+        self.plan = path / "plan.json"
+        self.metrics = path / "metrics.json"
+        self._state = path / "state" / "progress.json"
+        self._lock: int | None = None
+
+    @classmethod
+    def open(cls, path: str | Path, config: Any, *, resume: bool) -> RunDirectory:
+        """Creates a run directory, or opens an unfinished one.
+
+        Args:
+            config: a frozen dataclass; on resume it must equal the saved one.
+        Raises:
+            FileExistsError: the directory is not empty and `resume` is not set.
+            ValueError: `resume` with other settings, or a directory that is no run.
+            BlockingIOError: another process is writing to it.
+        """
+        run = cls(Path(path))
+        settings = dataclasses.asdict(config)
+        saved = run.path / "config.yaml"
+        occupied = run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir()))
+        if occupied and not resume:
+            hint = "; --resume goes on with the run in it" if saved.exists() else ""
+            raise FileExistsError(f"output directory {run.path} is not empty{hint}")
+        if occupied and not saved.exists():
+            raise ValueError(f"{run.path} is not a run directory: it has no config.yaml to resume from")
+        if occupied:
+            run._require_same_settings(yaml.safe_load(saved.read_text(encoding="utf-8")), settings)
+        run.path.mkdir(parents=True, exist_ok=True)
+        run._acquire()
+        if not occupied:
+            write_json(run.path / "environment.json", environment())
+            write_text(saved, yaml.safe_dump(settings, sort_keys=False))
+        return run
+
+    def _require_same_settings(self, saved: Any, settings: dict[str, Any]) -> None:
+        if not isinstance(saved, dict):
+            raise ValueError(f"{self.path / 'config.yaml'} is damaged")
+        for key, value in settings.items():
+            if key not in _FREE_TO_CHANGE and saved.get(key) != value:
+                raise ValueError(
+                    f"cannot resume {self.path}: {key} is {value!r}, the run was started with {saved.get(key)!r}"
+                )
+
+    def _acquire(self) -> None:
+        self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise BlockingIOError(
+                error.errno, "another process is writing to the run", str(self.path)
+            ) from None
+
+    def close(self) -> None:
+        """Lets other processes write; called once the run is complete or has failed."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def complete(self) -> bool:
+        return self.model.exists() and not self._state.exists()
+
+    def log(self, event: str, **values: Any) -> None:
+        """Appends one JSON line with the time (seconds since the epoch) and the event."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **values})
+        with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def save_iteration(self, number: int, record: dict[str, Any], state: dict[str, Any]) -> None:
+        """Records a finished iteration; a kill after this resumes behind it."""
+        (self.path / "iterations").mkdir(exist_ok=True)
+        write_json(self.path / "iterations" / f"{number:03}.json", record)
+        self._state.parent.mkdir(exist_ok=True)
+        write_text(self._state, json.dumps({"iteration": number, **state}))
+
+    def load_state(self) -> dict[str, Any] | None:
+        """State after the last finished iteration, or None if there is none."""
+        if not self._state.exists():
+            return None
+        state: dict[str, Any] = json.loads(self._state.read_text(encoding="utf-8"))
+        return state
+
+    def iterations(self) -> list[dict[str, Any]]:
+        """Records of the finished iterations, in order."""
+        files = sorted((self.path / "iterations").glob("*.json"))
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+    def finish(self) -> None:
+        """Removes what only a resume needs."""
+        shutil.rmtree(self.path / "state", ignore_errors=True)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, source revision and hardware, for the record of a run."""
+    from importlib import metadata
+
+    import torch
+
+    versions = {}
+    for package in ("adapt_pruner", "torch", "triton", "transformers", "datasets", "safetensors", "numpy"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "revision": _git_revision(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "cuda_devices": [
+            torch.cuda.get_device_name(i)
+            for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        ],
+    }
+
+
+def _git_revision() -> str | None:
+    """Revision of the source tree this package runs from, if it is one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

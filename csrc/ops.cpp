@@ -1,0 +1,303 @@
+// Every op's schema and registration, on libtorch's stable ABI: one binary for every torch from
+// TORCH_TARGET_VERSION on and, through the limited API, every Python from 3.10 on.
+#include <Python.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+#include <vector>
+
+#include "checks.h"
+#include "kernels.h"
+
+#ifdef ADAPT_PRUNER_WITH_CUDA
+#include <dlfcn.h>
+#endif
+
+namespace adapt_pruner {
+namespace {
+
+// ---- arguments, checked and turned into the kernels' plain structs ------------------------------------------
+
+Matrix matrix_of(const std::string& name, const Tensor& tensor) {
+  return {tensor.const_data_ptr(), row_stride_of(tensor), floating_dtype(name, tensor)};
+}
+
+struct ImportanceArguments {
+  std::vector<ImportanceMember> members;
+  Mode mode;
+  int64_t units;
+};
+
+ImportanceArguments importance_arguments(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
+                                         const std::vector<Tensor>& fishers, const std::vector<int64_t>& dims,
+                                         const std::vector<int64_t>& group_sizes, const std::string& mode_name) {
+  ImportanceArguments arguments;
+  arguments.mode = parse_mode(mode_name);
+  arguments.units = check_members("weights", weights, dims, group_sizes);
+  check_companions("grads", grads, weights, reads_grad(arguments.mode), mode_name);
+  check_companions("fishers", fishers, weights, reads_fisher(arguments.mode), mode_name);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    ImportanceMember member = {};
+    member.weight = matrix_of(element_name("weights", i), weights[i]);
+    if (!grads.empty()) member.grad = matrix_of(element_name("grads", i), grads[i]);
+    if (!fishers.empty()) member.fisher = matrix_of(element_name("fishers", i), fishers[i]);
+    member.rows = rows_of(weights[i]);
+    member.cols = cols_of(weights[i]);
+    member.group_size = group_sizes[i];
+    member.dim = weights[i].dim() == 1 ? 1 : int32_t(dims[i]);  // a bias is one row of columns
+    arguments.members.push_back(member);
+  }
+  return arguments;
+}
+
+struct GatherArguments {
+  std::vector<Tensor> outputs;
+  std::vector<GatherMember> members;
+};
+
+GatherArguments gather_arguments(const std::vector<Tensor>& tensors, const std::vector<int64_t>& dims,
+                                 const std::vector<int64_t>& group_sizes, const Tensor& keep) {
+  check_keep(keep, check_members("tensors", tensors, dims, group_sizes));
+  GatherArguments arguments;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const int32_t size = int32_t(tensors[i].element_size());
+    STD_TORCH_CHECK(size == 1 || size == 2 || size == 4 || size == 8, element_name("tensors", i),
+                    ": expected elements of 1, 2, 4 or 8 bytes, got ", size);
+    std::vector<int64_t> shape(tensors[i].sizes().begin(), tensors[i].sizes().end());
+    shape[size_t(dims[i])] = keep.numel() * group_sizes[i];
+    Tensor output = torch::stable::new_empty(tensors[i], shape);
+    GatherMember member = {};
+    member.source = tensors[i].const_data_ptr();
+    member.target = output.mutable_data_ptr();
+    member.source_row_stride = row_stride_of(tensors[i]);
+    member.rows = rows_of(tensors[i]);
+    member.cols = cols_of(tensors[i]);
+    member.group_size = group_sizes[i];
+    member.dim = tensors[i].dim() == 1 ? 1 : int32_t(dims[i]);
+    member.element_size = size;
+    arguments.outputs.push_back(output);
+    arguments.members.push_back(member);
+  }
+  return arguments;
+}
+
+struct SimilarityArguments {
+  Matrix h_in;
+  Matrix h_out;
+  int64_t tokens;
+  int64_t hidden;
+  Metric metric;
+};
+
+// [tokens, hidden] with any row stride, or contiguous with any number of leading dimensions.
+Matrix token_rows(const std::string& name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() >= 1 && tensor.numel() > 0, name,
+                  ": expected [..., hidden] with at least one token, got shape ", join(tensor.sizes()));
+  if (tensor.dim() <= 2) {
+    check_layout(name, tensor);
+    return matrix_of(name, tensor);
+  }
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor or [tokens, hidden], got shape ",
+                  join(tensor.sizes()), " with strides ", join(tensor.strides()));
+  return {tensor.const_data_ptr(), cols_of(tensor), floating_dtype(name, tensor)};
+}
+
+SimilarityArguments similarity_arguments(const Tensor& h_in, const Tensor& h_out, const std::string& metric) {
+  STD_TORCH_CHECK(join(h_in.sizes()) == join(h_out.sizes()), "h_out: expected the shape of h_in ",
+                  join(h_in.sizes()), ", got ", join(h_out.sizes()));
+  STD_TORCH_CHECK(h_in.scalar_type() == h_out.scalar_type(), "h_out: expected the dtype of h_in (scalar type ",
+                  int(h_in.scalar_type()), "), got scalar type ", int(h_out.scalar_type()));
+  check_same_device("h_out", h_out, h_in);
+  SimilarityArguments arguments = {};
+  arguments.metric = parse_metric(metric);
+  arguments.h_in = token_rows("h_in", h_in);
+  arguments.h_out = token_rows("h_out", h_out);
+  arguments.hidden = cols_of(h_in);
+  arguments.tokens = h_in.numel() / arguments.hidden;
+  return arguments;
+}
+
+// ---- CPU ------------------------------------------------------------------------------------------------
+
+void parallel_for(int64_t count, int64_t grain, ApRangeBody body, void* context) {
+  torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+Tensor unit_importance_cpu(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector<Tensor> fishers,
+                           std::vector<int64_t> dims, std::vector<int64_t> group_sizes, std::string mode) {
+  const ImportanceArguments arguments = importance_arguments(weights, grads, fishers, dims, group_sizes, mode);
+  Tensor scores = torch::stable::new_empty(weights[0], {arguments.units}, ScalarType::Float);
+  ap_cpu_unit_importance(arguments.members.data(), int64_t(arguments.members.size()), arguments.mode,
+                         arguments.units, scores.mutable_data_ptr<float>(), parallel_for);
+  return scores;
+}
+
+std::vector<Tensor> gather_units_cpu(std::vector<Tensor> tensors, std::vector<int64_t> dims,
+                                     std::vector<int64_t> group_sizes, Tensor keep) {
+  const GatherArguments arguments = gather_arguments(tensors, dims, group_sizes, keep);
+  ap_cpu_gather_units(arguments.members.data(), int64_t(arguments.members.size()), keep.const_data_ptr<int64_t>(),
+                      keep.numel(), parallel_for);
+  return arguments.outputs;
+}
+
+Tensor residual_similarity_cpu(Tensor h_in, Tensor h_out, std::string metric) {
+  const SimilarityArguments arguments = similarity_arguments(h_in, h_out, metric);
+  Tensor result = torch::stable::new_empty(h_in, {}, ScalarType::Float);
+  ap_cpu_residual_similarity(arguments.h_in, arguments.h_out, arguments.tokens, arguments.hidden, arguments.metric,
+                             result.mutable_data_ptr<float>(), parallel_for);
+  return result;
+}
+
+// ---- CUDA -----------------------------------------------------------------------------------------------
+
+#ifdef ADAPT_PRUNER_WITH_CUDA
+
+// The symbol exists only in libtorch_cuda.so, which a CPU torch lacks: looked up when it is needed, in the
+// library that torch has loaded.
+void* current_stream(int32_t device_index) {
+  using GetStream = AOTITorchError (*)(int32_t, void**);
+  static const GetStream get_stream = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* symbol = library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
+    return reinterpret_cast<GetStream>(symbol);
+  }();
+  STD_TORCH_CHECK(get_stream != nullptr, "this torch has no CUDA: libtorch_cuda.so is not loaded");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get_stream(device_index, &stream));
+  return stream;
+}
+
+void check_launch(const char* op, int error) {
+  STD_TORCH_CHECK(error == 0, op, ": ", ap_cuda_error_string(error));
+}
+
+Tensor unit_importance_cuda(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector<Tensor> fishers,
+                            std::vector<int64_t> dims, std::vector<int64_t> group_sizes, std::string mode) {
+  const ImportanceArguments arguments = importance_arguments(weights, grads, fishers, dims, group_sizes, mode);
+  const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
+  const int64_t count = int64_t(arguments.members.size());
+  Tensor scores = torch::stable::new_empty(weights[0], {arguments.units}, ScalarType::Float);
+  // freed on return, but only reused by later work of the same stream
+  Tensor scratch = torch::stable::new_empty(
+      weights[0], {ap_cuda_importance_scratch_floats(arguments.members.data(), count)}, ScalarType::Float);
+  check_launch("unit_importance",
+               ap_cuda_unit_importance(arguments.members.data(), count, arguments.mode, arguments.units,
+                                       scores.mutable_data_ptr<float>(), scratch.mutable_data_ptr<float>(),
+                                       current_stream(weights[0].get_device_index())));
+  return scores;
+}
+
+std::vector<Tensor> gather_units_cuda(std::vector<Tensor> tensors, std::vector<int64_t> dims,
+                                      std::vector<int64_t> group_sizes, Tensor keep) {
+  STD_TORCH_CHECK(!tensors.empty() && tensors[0].is_cuda(), "tensors: expected tensors on a cuda device");
+  const torch::stable::accelerator::DeviceGuard guard(tensors[0].get_device_index());
+  const GatherArguments arguments = gather_arguments(tensors, dims, group_sizes, keep);
+  void* stream = current_stream(tensors[0].get_device_index());
+  Tensor device_keep = torch::stable::new_empty(tensors[0], {keep.numel()}, ScalarType::Long);
+  check_launch("gather_units", ap_cuda_upload(device_keep.mutable_data_ptr(), keep.const_data_ptr(),
+                                              keep.numel() * int64_t(sizeof(int64_t)), stream));
+  check_launch("gather_units",
+               ap_cuda_gather_units(arguments.members.data(), int64_t(arguments.members.size()),
+                                    device_keep.const_data_ptr<int64_t>(), keep.numel(), stream));
+  return arguments.outputs;
+}
+
+Tensor residual_similarity_cuda(Tensor h_in, Tensor h_out, std::string metric) {
+  const SimilarityArguments arguments = similarity_arguments(h_in, h_out, metric);
+  const torch::stable::accelerator::DeviceGuard guard(h_in.get_device_index());
+  Tensor result = torch::stable::new_empty(h_in, {}, ScalarType::Float);
+  Tensor scratch = torch::stable::new_empty(h_in, {arguments.tokens}, ScalarType::Float);
+  check_launch("residual_similarity",
+               ap_cuda_residual_similarity(arguments.h_in, arguments.h_out, arguments.tokens, arguments.hidden,
+                                           arguments.metric, result.mutable_data_ptr<float>(),
+                                           scratch.mutable_data_ptr<float>(),
+                                           current_stream(h_in.get_device_index())));
+  return result;
+}
+
+#endif  // ADAPT_PRUNER_WITH_CUDA
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(adapt_pruner, m) {
+  m.def(
+      "unit_importance(Tensor[] weights, Tensor[] grads, Tensor[] fishers, int[] dims, int[] group_sizes, "
+      "str mode) -> Tensor");
+  // keep is host data (it comes from a plan) for tensors of every device
+  m.def("gather_units(Tensor[] tensors, int[] dims, int[] group_sizes, Tensor keep) -> Tensor[]");
+  m.def("residual_similarity(Tensor h_in, Tensor h_out, str metric) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(adapt_pruner, CPU, m) {
+  m.impl("unit_importance", TORCH_BOX(&unit_importance_cpu));
+  m.impl("gather_units", TORCH_BOX(&gather_units_cpu));
+  m.impl("residual_similarity", TORCH_BOX(&residual_similarity_cpu));
+}
+
+#ifdef ADAPT_PRUNER_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(adapt_pruner, CUDA, m) {
+  m.impl("unit_importance", TORCH_BOX(&unit_importance_cuda));
+  m.impl("gather_units", TORCH_BOX(&gather_units_cuda));
+  m.impl("residual_similarity", TORCH_BOX(&residual_similarity_cuda));
+}
+#endif
+
+}  // namespace adapt_pruner
+
+// ---- the Python module: importing it registers the ops; it also says how it was built ---------------------------
+
+#define ADAPT_PRUNER_TEXT(...) #__VA_ARGS__
+#define ADAPT_PRUNER_EXPANDED_TEXT(...) ADAPT_PRUNER_TEXT(__VA_ARGS__)
+
+namespace {
+
+bool set_text(PyObject* dict, const char* key, const std::string& text) {
+  PyObject* value = PyUnicode_FromStringAndSize(text.data(), Py_ssize_t(text.size()));
+  const bool done = value != nullptr && PyDict_SetItemString(dict, key, value) == 0;
+  Py_XDECREF(value);
+  return done;
+}
+
+PyObject* build_info(PyObject*, PyObject*) {
+  PyObject* info = PyDict_New();
+  if (info == nullptr) return nullptr;
+  const int target_major = int((uint64_t(TORCH_TARGET_VERSION) >> 56) & 0xff);
+  const int target_minor = int((uint64_t(TORCH_TARGET_VERSION) >> 48) & 0xff);
+  bool done = set_text(info, "version", ADAPT_PRUNER_EXPANDED_TEXT(ADAPT_PRUNER_VERSION)) &&
+              set_text(info, "torch_target", std::to_string(target_major) + "." + std::to_string(target_minor)) &&
+              set_text(info, "compiler", __VERSION__) && set_text(info, "cpu_isa", ap_cpu_isa());
+#ifdef ADAPT_PRUNER_WITH_CUDA
+  const int runtime = ap_cuda_runtime_version();
+  done = done &&
+         set_text(info, "cuda", std::to_string(runtime / 1000) + "." + std::to_string(runtime % 1000 / 10)) &&
+         set_text(info, "cuda_archs", ADAPT_PRUNER_EXPANDED_TEXT(ADAPT_PRUNER_CUDA_ARCHS));
+#else
+  done = done && PyDict_SetItemString(info, "cuda", Py_None) == 0 &&
+         PyDict_SetItemString(info, "cuda_archs", Py_None) == 0;
+#endif
+  if (done) return info;
+  Py_DECREF(info);
+  return nullptr;
+}
+
+// 13000 for 13.0, 0 without a driver; makes no CUDA context
+PyObject* cuda_driver_version(PyObject*, PyObject*) {
+#ifdef ADAPT_PRUNER_WITH_CUDA
+  return PyLong_FromLong(ap_cuda_driver_version());
+#else
+  return PyLong_FromLong(0);
+#endif
+}
+
+PyMethodDef methods[] = {{"build_info", build_info, METH_NOARGS, nullptr},
+                         {"cuda_driver_version", cuda_driver_version, METH_NOARGS, nullptr},
+                         {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
