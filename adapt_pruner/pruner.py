@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +49,9 @@ class IterationReport:
     parameters_target: int
 
 
+OnIteration = Callable[[IterationReport], None]
+
+
 @dataclass(frozen=True)
 class PruneResult:
     """A finished run: its directory, the plan, and the contents of metrics.json."""
@@ -56,9 +62,7 @@ class PruneResult:
     metrics: dict[str, Any]
 
 
-def prune(
-    config: PruneConfig, *, on_iteration: Callable[[IterationReport], None] | None = None
-) -> PruneResult:
+def prune(config: PruneConfig, *, on_iteration: OnIteration | None = None) -> PruneResult:
     """Prunes a model to a parameter budget and writes a run directory.
 
     Everything that can be checked from headers and text is checked before any weight is loaded. The run can
@@ -165,7 +169,7 @@ def _prune(
     budget: UnitBudget,
     embeddings: int,
     target: int,
-    on_iteration: Callable[[IterationReport], None] | None,
+    on_iteration: OnIteration | None,
     started: float,
 ) -> None:
     plan = PruningPlan(
@@ -310,8 +314,6 @@ def _peak_memory(device: torch.device) -> int:
     """Largest resident memory of this process, or largest allocation on the CUDA device."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -321,6 +323,7 @@ def _deterministic(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -330,7 +333,5 @@ def _deterministic(device: torch.device) -> Iterator[None]:
 
 
 def _result(run: RunDirectory) -> PruneResult:
-    import json
-
     metrics = json.loads(run.metrics.read_text(encoding="utf-8"))
     return PruneResult(run.path, run.model, PruningPlan.load(run.plan), metrics)

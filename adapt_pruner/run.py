@@ -70,7 +70,8 @@ class RunDirectory:
         for key, value in settings.items():
             if key not in _FREE_TO_CHANGE and saved.get(key) != value:
                 raise ValueError(
-                    f"cannot resume {self.path}: {key} is {value!r}, the run was started with {saved.get(key)!r}"
+                    f"cannot resume {self.path}: {key} is {value!r}, "
+                    f"the run was started with {saved.get(key)!r}"
                 )
 
     def _acquire(self) -> None:
@@ -129,7 +130,7 @@ def environment() -> dict[str, Any]:
 
     import torch
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("adapt_pruner", "torch", "triton", "transformers", "datasets", "safetensors", "numpy"):
         try:
             versions[package] = metadata.version(package)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -61,12 +61,13 @@ def load_model(
     adapt_pruner.modeling.register()
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.directory,
         dtype=DTYPES.get(dtype, "auto"),
         output_loading_info=True,
         local_files_only=True,
     )
+    model, info = loaded
     problems = {k: sorted(map(str, v)) for k, v in info.items() if k != "error_msgs" and v}
     problems.pop("unexpected_keys", None)
     if problems:
@@ -79,7 +80,8 @@ def load_model(
             )
         # Off the file mapping: bytes that change under it would change the result, and so would alignment.
         parameter.data = parameter.data.to(target, copy=True)
-    return model.to(target).eval()
+    placed: PreTrainedModel = model.to(target).eval()
+    return placed
 
 
 class InMemoryEngine:

@@ -187,8 +187,8 @@ def unit_costs(
                 expected = kind.count(layer) * tensor.group_size
                 if shapes[tensor.name][tensor.dim] != expected:
                     raise ValueError(
-                        f"{tensor.name} has shape {tuple(shapes[tensor.name])}, the config asks for {expected} "
-                        f"in dimension {tensor.dim}"
+                        f"{tensor.name} has shape {tuple(shapes[tensor.name])}, the config asks for "
+                        f"{expected} in dimension {tensor.dim}"
                     )
             cost[kind.name] = sum(math.prod(shapes[t.name]) for t in tensors) // kind.count(layer)
         costs.append(cost)

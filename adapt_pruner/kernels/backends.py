@@ -43,13 +43,16 @@ def build_info() -> dict[str, Any]:
     Returns:
         `version` of the package it was built from, `torch_target` (oldest libtorch it runs on), `compiler`,
         `cpu_isa` (instruction set chosen on this machine), `cuda` ("13.0") and `cuda_archs`
-        ("8.0,9.0,10.0+PTX"), both None in a build without CUDA.
+        ("8.0;9.0;10.0+PTX"), both None in a build without CUDA.
     Raises:
         BackendUnavailable: there is no extension.
     """
     if _extension is None:
         raise BackendUnavailable(_extension_problem)
-    return dict(_extension.build_info())
+    info = dict(_extension.build_info())
+    if info["cuda_archs"] is not None:
+        info["cuda_archs"] = info["cuda_archs"].replace(":", ";")  # as in TORCH_CUDA_ARCH_LIST
+    return info
 
 
 def backend_status() -> dict[str, str | None]:
@@ -103,7 +106,7 @@ def _warn_about_fallback(problem: str) -> None:
     global _warned_about_fallback
     if not _warned_about_fallback:
         _warned_about_fallback = True
-        warnings.warn(f"adapt_pruner runs the slow reference ops: {problem}", RuntimeWarning, stacklevel=5)
+        warnings.warn(f"adapt_pruner runs the slow reference ops: {problem}", RuntimeWarning, stacklevel=2)
 
 
 def _cuda_problem() -> str | None:
@@ -123,8 +126,8 @@ def _architecture_problem(device: torch.device) -> str | None:
     """Machine code runs on the same major architecture from its minor on; PTX on everything newer."""
     capability = torch.cuda.get_device_capability(device)
     built = build_info()["cuda_archs"]
-    for entry in built.split(","):
-        major, minor = (int(part) for part in entry.removesuffix("+PTX").split("."))
+    for entry in built.split(";"):
+        major, minor = (int(part) for part in entry.removesuffix("+PTX").rstrip("af").split("."))
         same_major = capability[0] == major and capability[1] >= minor
         if same_major or (entry.endswith("+PTX") and capability >= (major, minor)):
             return None

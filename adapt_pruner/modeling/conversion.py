@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -41,7 +42,7 @@ def pruned_config(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> Pr
 
 
 def _with_architecture(config: PreTrainedConfig) -> PreTrainedConfig:
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     config.architectures = [model_class.__name__]
     return config
 

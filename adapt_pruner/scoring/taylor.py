@@ -143,10 +143,7 @@ def _fp32_gradients(
 
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in prunable)
-    handles = [
-        p.register_post_accumulate_grad_hook(collect(name))  # type: ignore[attr-defined]
-        for name, p in prunable.items()
-    ]
+    handles = [p.register_post_accumulate_grad_hook(collect(name)) for name, p in prunable.items()]
     try:
         yield gradients
     finally:

@@ -1,0 +1,189 @@
+"""Command line: parse, call, print. Every command is a function of the Python API."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, get_type_hints
+
+from docstring_parser import parse
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from rich.console import Console
+
+from adapt_pruner import __version__
+from adapt_pruner.assets import AssetError, resolve_model
+from adapt_pruner.config import ApplyConfig, EvaluateConfig, InspectConfig, PruneConfig
+from adapt_pruner.kernels import BackendUnavailable
+from adapt_pruner.report import console as show
+
+Shown = tuple[dict[str, Any], Callable[[Console], None]]
+
+_COMMANDS: dict[str, tuple[type | None, tuple[str, ...], str]] = {
+    "prune": (PruneConfig, ("model",), "prune a model to a parameter budget"),
+    "apply": (ApplyConfig, ("plan", "model"), "replay a saved plan on a checkpoint"),
+    "evaluate": (EvaluateConfig, ("model",), "perplexity and multiple-choice accuracy"),
+    "inspect": (InspectConfig, ("model",), "widths, parameters, FLOPs and KV cache, layer by layer"),
+    "doctor": (None, (), "versions, built ops, and which backends work here"),
+    "demo": (None, (), "prune SmolLM2-135M to 80% and show the result"),
+}
+
+
+def build_parser() -> ArgumentParser:
+    """The command-line parser; settings and their help come from the config dataclasses."""
+    parser = ArgumentParser(
+        prog="adapt-pruner", description="Structured pruning of decoder language models.", version=__version__
+    )
+    commands = parser.add_subcommands(dest="command")
+    for name, (config, positional, help_text) in _COMMANDS.items():
+        command = ArgumentParser(description=(config.__doc__ or "").split("\n")[0] if config else help_text)
+        if config is not None:
+            _add_config(command, config, positional)
+        elif name == "demo":
+            command.add_argument("--output", default="runs/demo", help="run directory to create")
+        command.add_argument("--json", action="store_true", help="print JSON alone on stdout")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        commands.add_subcommand(name, command, help=help_text)
+    return parser
+
+
+def _add_config(command: ArgumentParser, config: type, positional: tuple[str, ...]) -> None:
+    """One argument for each field of a config dataclass, described by its docstring."""
+    command.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings")
+    described = {
+        p.arg_name: (p.description or "").replace("\n", " ") for p in parse(config.__doc__ or "").params
+    }
+    types = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        options: dict[str, Any] = {"help": described[field.name]}
+        if field.default is not dataclasses.MISSING:
+            options["default"] = field.default
+        if field.name in positional:
+            command.add_argument(field.name, type=str, nargs="?", **options)
+        elif types[field.name] is bool:
+            command.add_argument(_flag(field.name), action="store_true", help=described[field.name])
+        else:
+            required = field.default is dataclasses.MISSING
+            command.add_argument(_flag(field.name), type=types[field.name], required=required, **options)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `adapt-pruner`; returns the exit status: 0, 1 for an error, 2 for wrong usage."""
+    parsed = build_parser().parse_args(argv)
+    arguments: Namespace = parsed[parsed.command]
+    warnings.showwarning = _print_warning
+    try:
+        result, print_result = _RUN[parsed.command](arguments)
+    except KeyboardInterrupt:
+        print("adapt-pruner: interrupted; --resume goes on with an unfinished run", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, AssetError, BackendUnavailable) as error:
+        if arguments.debug:
+            raise
+        print(f"adapt-pruner: error: {error}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print_result(Console())
+    return 0
+
+
+def _print_warning(message: Any, *details: Any, **more: Any) -> None:
+    print(f"adapt-pruner: warning: {message}", file=sys.stderr)
+
+
+def _config(kind: type, arguments: Namespace) -> Any:
+    """The config dataclass from the parsed arguments."""
+    values = {field.name: arguments[field.name] for field in dataclasses.fields(kind)}
+    missing = [name for name, value in values.items() if value is None and _is_required(kind, name)]
+    if missing:
+        raise ValueError(f"missing argument: {' '.join(missing).upper()}")
+    return kind(**values)
+
+
+def _is_required(kind: type, name: str) -> bool:
+    return next(f for f in dataclasses.fields(kind) if f.name == name).default is dataclasses.MISSING
+
+
+def _quieten_transformers() -> None:
+    """Its progress bars of loading and saving would tear ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _prune(arguments: Namespace) -> Shown:
+    from adapt_pruner.pruner import prune
+
+    _quieten_transformers()
+    with show.PruningBar() as bar:
+        pruned = prune(_config(PruneConfig, arguments), on_iteration=bar.update)
+    result = {"run_directory": str(pruned.run_directory), "plan_hash": pruned.plan.hash, **pruned.metrics}
+    return result, lambda console: show.show_pruned(console, result)
+
+
+def _apply(arguments: Namespace) -> Shown:
+    from adapt_pruner.inspection import summarize
+    from adapt_pruner.plan import PruningPlan
+    from adapt_pruner.surgery import apply_plan
+
+    config = _config(ApplyConfig, arguments)
+    output = apply_plan(PruningPlan.load(config.plan), resolve_model(config.model), config.output)
+    result = {"model_directory": str(output), "parameters": summarize(output).parameters}
+    return result, lambda console: console.print(f"wrote {output}: {result['parameters']:,} parameters")
+
+
+def _evaluate(arguments: Namespace) -> Shown:
+    from adapt_pruner.evaluation.evaluate import evaluate
+
+    _quieten_transformers()
+    result = evaluate(_config(EvaluateConfig, arguments))
+    return result.to_dict(), lambda console: show.show_evaluated(console, result)
+
+
+def _inspect(arguments: Namespace) -> Shown:
+    from adapt_pruner.inspection import inspect_model, ratios
+
+    after, before = inspect_model(_config(InspectConfig, arguments))
+    result: dict[str, Any] = {"model": after.to_dict()}
+    if before:
+        result |= {"before": before.to_dict(), "ratios": ratios(after, before)}
+    return result, lambda console: show.show_inspected(console, after, before)
+
+
+def _doctor(arguments: Namespace) -> Shown:
+    from adapt_pruner.doctor import diagnose
+
+    result = diagnose()
+    return result, lambda console: show.show_doctor(console, result)
+
+
+def _demo(arguments: Namespace) -> Shown:
+    from adapt_pruner.demo import demo
+
+    _quieten_transformers()
+    print("Pruning SmolLM2-135M to 80% of its parameters: minutes on two CPU cores", file=sys.stderr)
+    with show.PruningBar() as bar:
+        result = demo(arguments.output, on_iteration=bar.update).to_dict()
+    return result, lambda console: show.show_demo(console, result)
+
+
+_RUN: dict[str, Callable[[Namespace], Shown]] = {
+    "prune": _prune,
+    "apply": _apply,
+    "evaluate": _evaluate,
+    "inspect": _inspect,
+    "doctor": _doctor,
+    "demo": _demo,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""The `evaluate` command: perplexity on a text and multiple-choice accuracy of one model."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from adapt_pruner.assets import resolve_model
+from adapt_pruner.checkpoint import open_checkpoint, write_json
+from adapt_pruner.config import EvaluateConfig
+from adapt_pruner.engines.in_memory import load_model
+from adapt_pruner.evaluation.multiple_choice import MultipleChoiceResult, evaluate_multiple_choice
+from adapt_pruner.evaluation.perplexity import PerplexityResult, evaluate_perplexity
+from adapt_pruner.evaluation.tasks import COMMONSENSE_TASKS, TASKS
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationResult:
+    """What `evaluate` found: either part is None if it was not asked for."""
+
+    model: str
+    parameters: int
+    data: str | None
+    perplexity: PerplexityResult | None
+    multiple_choice: MultipleChoiceResult | None
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def evaluate(config: EvaluateConfig) -> EvaluationResult:
+    """Evaluates a model as the config says.
+
+    Raises:
+        ValueError: nothing to evaluate, an unknown task, no text, or a model that cannot be loaded.
+    """
+    tasks = task_names(config.tasks)
+    if config.data == "none" and not tasks:
+        raise ValueError('nothing to evaluate: data is "none" and no task is named')
+    started = time.perf_counter()
+    checkpoint = open_checkpoint(resolve_model(config.model))
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+    model = load_model(checkpoint, device=config.device, dtype=config.dtype)
+    perplexity = None
+    if config.data != "none":
+        perplexity = evaluate_perplexity(
+            model,
+            tokenizer,
+            config.data,
+            "held-out" if config.data == "default" else None,
+            column=config.column,
+            split=config.split,
+            context=config.context,
+            stride=config.stride,
+            max_tokens=config.max_tokens,
+            batch_size=config.batch_size,
+        )
+    multiple_choice = None
+    if tasks:
+        multiple_choice = evaluate_multiple_choice(
+            model, tokenizer, tasks, limit=config.limit, batch_size=config.batch_size
+        )
+    result = EvaluationResult(
+        config.model,
+        checkpoint.num_parameters,
+        None if config.data == "none" else config.data,
+        perplexity,
+        multiple_choice,
+        round(time.perf_counter() - started, 3),
+    )
+    if config.output:
+        write_json(Path(config.output), result.to_dict())
+    return result
+
+
+def task_names(tasks: str) -> tuple[str, ...]:
+    """Names from a comma-separated list, "commonsense" spelled out.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    names: list[str] = []
+    for name in filter(None, (part.strip() for part in tasks.split(","))):
+        names += COMMONSENSE_TASKS if name == "commonsense" else [name]
+    unknown = sorted(set(names) - set(TASKS))
+    if unknown:
+        raise ValueError(f"unknown tasks {unknown}, expected commonsense or some of {sorted(TASKS)}")
+    return tuple(dict.fromkeys(names))

@@ -1,0 +1,115 @@
+"""What a model costs, layer by layer, from its headers alone: parameters, FLOPs and KV cache per token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from adapt_pruner.assets import resolve_model
+from adapt_pruner.checkpoint import DTYPE_BYTES, open_checkpoint
+from adapt_pruner.config import InspectConfig
+from adapt_pruner.families import LayerWidths, find_family, layer_widths, unit_costs
+from adapt_pruner.plan import PruningPlan
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One decoder layer: widths, parameters, forward FLOPs per token, KV-cache bytes per token."""
+
+    widths: LayerWidths
+    parameters: int
+    flops_per_token: int
+    kv_cache_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """A whole model.
+
+    A multiply-add counts as two FLOPs. `flops_per_token` is the forward pass for one token at the end of
+    `context` tokens, the head included and the embedding lookup not.
+    """
+
+    model_type: str
+    dtype: str
+    context: int
+    parameters: int
+    non_embedding_parameters: int
+    flops_per_token: int
+    kv_cache_bytes_per_token: int
+    layers: tuple[LayerSummary, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def summarize(model: str | Path, *, context: int = 1024) -> ModelSummary:
+    """Summary of the model in a directory; no weight is read.
+
+    Raises:
+        CheckpointError: the directory holds no usable checkpoint. ValueError: unknown architecture.
+    """
+    checkpoint = open_checkpoint(model)
+    family = find_family(checkpoint.config.get("model_type"))
+    widths = layer_widths(checkpoint.config)
+    numel = {name: info.numel for name, info in checkpoint.tensors.items()}
+    unit_costs(family, widths, {name: info.shape for name, info in checkpoint.tensors.items()})
+    embeddings = sum(numel[name] for name in family.embeddings if name in numel)
+    dtype = next(iter(checkpoint.tensors.values())).dtype
+    layers = []
+    for i, layer in enumerate(widths):
+        prefix = family.layer_prefix.format(layer=i) + "."
+        weights = {n: t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
+        matrices = sum(t.numel for t in weights.values() if len(t.shape) == 2)
+        attention = 4 * layer.num_attention_heads * layer.head_dim * context
+        layers.append(
+            LayerSummary(
+                layer,
+                sum(t.numel for t in weights.values()),
+                2 * matrices + attention,
+                2 * layer.num_key_value_heads * layer.head_dim * DTYPE_BYTES[dtype],
+            )
+        )
+    vocabulary = checkpoint.config["vocab_size"] * checkpoint.config["hidden_size"]
+    return ModelSummary(
+        checkpoint.config["model_type"],
+        dtype,
+        context,
+        checkpoint.num_parameters,
+        checkpoint.num_parameters - embeddings,
+        sum(layer.flops_per_token for layer in layers) + 2 * vocabulary,
+        sum(layer.kv_cache_bytes_per_token for layer in layers),
+        tuple(layers),
+    )
+
+
+def inspect_model(config: InspectConfig) -> tuple[ModelSummary, ModelSummary | None]:
+    """Summary of a model and, if there is one to compare with, of the model before pruning.
+
+    The model before is `config.base`, or for a run directory the base model of its plan.
+    """
+    after = summarize(resolve_model(config.model), context=config.context)
+    base = config.base
+    plan = Path(config.model) / "plan.json"
+    if base is None and plan.exists():
+        base = PruningPlan.load(plan).base_model
+    before = summarize(resolve_model(base), context=config.context) if base else None
+    if before and len(before.layers) != len(after.layers):
+        raise ValueError(
+            f"{config.model} has {len(after.layers)} layers, {base} has {len(before.layers)}: "
+            "expected a model pruned from it"
+        )
+    return after, before
+
+
+def ratios(after: ModelSummary, before: ModelSummary) -> dict[str, float]:
+    """What is left of each total, as a fraction."""
+    keys: Sequence[str] = (
+        "parameters",
+        "non_embedding_parameters",
+        "flops_per_token",
+        "kv_cache_bytes_per_token",
+    )
+    return {key: getattr(after, key) / getattr(before, key) for key in keys}

@@ -1,0 +1,172 @@
+"""What the command line prints for people: tables and the progress bar."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from adapt_pruner.evaluation.evaluate import EvaluationResult
+    from adapt_pruner.inspection import ModelSummary
+    from adapt_pruner.pruner import IterationReport
+
+
+class PruningBar:
+    """Progress towards the parameter target on stderr, with loss, parameters and the time left."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]} | {task.fields[parameters]} parameters"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._task = self._progress.add_task("loading", total=None, loss="-", parameters="-")
+
+    def __enter__(self) -> PruningBar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, report: IterationReport) -> None:
+        """Shows where the run stands; the total is what has to be removed."""
+        self._progress.update(
+            self._task,
+            description=f"iteration {report.iteration}",
+            total=report.parameters_before - report.parameters_target,
+            completed=report.parameters_before - max(report.parameters, report.parameters_target),
+            loss=f"{report.loss:.3f}",
+            parameters=f"{report.parameters:,}",
+        )
+
+
+def show_pruned(console: Console, result: dict[str, Any]) -> None:
+    table = Table("", "parameters", "of before", title=result["run_directory"])
+    before = result["parameters_before"]
+    for row in ("before", "target", "after"):
+        count = result[f"parameters_{row}"]
+        table.add_row(row, f"{count:,}", f"{count / before:.2%}")
+    console.print(table)
+    console.print(
+        f"{result['parameters_below_target']:,} below the target after {result['iterations']} iterations, "
+        f"{result['seconds']:.0f} s, peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )
+
+
+def show_evaluated(console: Console, result: EvaluationResult) -> None:
+    if result.perplexity:
+        p = result.perplexity
+        console.print(
+            f"perplexity {p.perplexity:.3f} ({result.data}, {p.tokens:,} tokens, context {p.context}, "
+            f"stride {p.stride})"
+        )
+    if result.multiple_choice:
+        mean = result.multiple_choice
+        table = Table("task", "items", "acc", "acc_norm", "chance", title=result.model)
+        for task in mean.tasks:
+            table.add_row(
+                task.task,
+                str(task.items),
+                _with_error(task.accuracy, task.accuracy_stderr),
+                _with_error(task.accuracy_norm, task.accuracy_norm_stderr),
+                f"{task.chance:.3f}",
+            )
+        table.add_section()
+        table.add_row(
+            "mean",
+            "",
+            _with_error(mean.mean_accuracy, mean.mean_accuracy_stderr),
+            _with_error(mean.mean_accuracy_norm, mean.mean_accuracy_norm_stderr),
+            "",
+        )
+        console.print(table)
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
+def show_inspected(console: Console, after: ModelSummary, before: ModelSummary | None) -> None:
+    def cell(i: int, key: str) -> str:
+        now = getattr(after.layers[i].widths, key)
+        return f"{getattr(before.layers[i].widths, key)} → {now}" if before else str(now)
+
+    table = Table("layer", "heads", "KV heads", "channels", "parameters", "FLOPs/token", "KV bytes/token")
+    for i, layer in enumerate(after.layers):
+        table.add_row(
+            str(i),
+            cell(i, "num_attention_heads"),
+            cell(i, "num_key_value_heads"),
+            cell(i, "intermediate_size"),
+            f"{layer.parameters:,}",
+            f"{layer.flops_per_token:,}",
+            f"{layer.kv_cache_bytes_per_token:,}",
+        )
+    console.print(table)
+    totals = Table("total", *(["before"] if before else []), "after" if before else "", "")
+    for key in ("parameters", "non_embedding_parameters", "flops_per_token", "kv_cache_bytes_per_token"):
+        now = getattr(after, key)
+        if before:
+            was = getattr(before, key)
+            totals.add_row(key.replace("_", " "), f"{was:,}", f"{now:,}", f"{now / was:.2%}")
+        else:
+            totals.add_row(key.replace("_", " "), f"{now:,}", "")
+    console.print(totals)
+    console.print(f"{after.model_type}, {after.dtype}; FLOPs at a context of {after.context} tokens")
+
+
+def show_doctor(console: Console, found: dict[str, Any]) -> None:
+    table = Table("", "", show_header=False)
+    for name, version in found["versions"].items():
+        table.add_row(name, version or "[red]not installed[/red]")
+    for key in ("python", "revision", "machine", "processor", "threads", "cache"):
+        table.add_row(key, str(found[key]))
+    table.add_row("CUDA devices", ", ".join(found["cuda_devices"]) or "none")
+    extension = found["extension"]
+    if isinstance(extension, str):
+        table.add_row("extension", f"[red]{extension}[/red]")
+    else:
+        table.add_row("extension", ", ".join(f"{key} {value}" for key, value in extension.items()))
+    table.add_section()
+    for backend, reason in found["backends"].items():
+        table.add_row(f"backend {backend}", "works" if reason is None else f"not usable: {reason}")
+    console.print(table)
+
+
+def show_demo(console: Console, result: dict[str, Any]) -> None:
+    before, after, metrics = result["before"], result["after"], result["metrics"]
+    table = Table("SmolLM2-135M", "before", "after", "")
+    table.add_row(
+        "parameters",
+        f"{before['parameters']:,}",
+        f"{after['parameters']:,}",
+        f"{after['parameters'] / before['parameters']:.2%}",
+    )
+    first, last = before["perplexity"], after["perplexity"]
+    table.add_row(
+        f"held-out perplexity ({last['tokens']:,} tokens)",
+        f"{first['perplexity']:.2f}",
+        f"{last['perplexity']:.2f}",
+        f"x {last['perplexity'] / first['perplexity']:.2f}",
+    )
+    console.print(table)
+    console.print(f"before: {result['text_before']}", markup=False)
+    console.print(f"after:  {result['text_after']}", markup=False)
+    console.print(
+        f"{metrics['iterations']} iterations, {metrics['seconds']:.0f} s of pruning; "
+        f"no recovery training. Run directory: {result['run_directory']} "
+        "(widths.png shows the layers, model/ loads with from_pretrained)"
+    )
