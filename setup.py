@@ -1,7 +1,7 @@
 """Builds adapt_pruner._C, one abi3 extension on libtorch's stable ABI; everything else is in pyproject.toml.
 
-CPU ops are always compiled. CUDA ops are compiled when a CUDA toolkit is found, also for a CPU build of torch,
-because the extension links the CUDA runtime statically and nothing of libtorch_cuda.
+CPU ops are always compiled. CUDA ops are compiled when a CUDA toolkit is found, also for a CPU build of
+torch, because the extension links the CUDA runtime statically and nothing of libtorch_cuda.
 
 Environment:
     FORCE_CUDA=1|0          demand a toolkit (an error without one) | do not look for one
@@ -49,7 +49,9 @@ def find_cuda_home() -> str | None:
             return candidate
     if force == "1":
         tried = ", ".join(c for c in candidates if c)
-        raise SystemExit(f"FORCE_CUDA=1, but no CUDA toolkit was found (looked for nvcc and headers in {tried})")
+        raise SystemExit(
+            f"FORCE_CUDA=1, but no CUDA toolkit was found (looked for nvcc and headers in {tried})"
+        )
     return None
 
 

@@ -1,7 +1,7 @@
 """Structured pruning of decoder language models: Adapt-Pruner (arXiv 2502.03460) with fused kernels.
 
-Importing the package registers the pruned model classes with transformers' Auto classes as soon as
-transformers is imported; it imports neither torch nor transformers itself.
+Importing the package is enough for transformers' Auto classes to load pruned models; it imports neither
+torch nor transformers itself.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from adapt_pruner.modeling.registration import register_when_transformers_is_imported
+from adapt_pruner.modeling.registration import register_on_first_load
 
 if TYPE_CHECKING:
     from adapt_pruner.config import EvaluateConfig, InspectConfig, PruneConfig
@@ -60,4 +60,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-register_when_transformers_is_imported()
+register_on_first_load()

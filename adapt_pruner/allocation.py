@@ -116,7 +116,8 @@ def allocate(
 
     A step that would reach the target is scaled down until it just does not, and the rest goes channel by
     channel, least importance per parameter first. The result then has at most `target` parameters and less
-    than one channel's parameters below it.
+    than one channel's parameters below it; only where a group had to go that is bigger than all channels
+    left together it may be further below.
 
     Args:
         sparsity: [layers], cumulative sparsity so far, as a fraction of the initial units.
@@ -132,10 +133,10 @@ def allocate(
 
     assert target >= budget.floor
     full_sparsity, full_counts = step(1.0)
-    reached = budget.parameters(full_counts)
-    if reached > target:
-        # Where every layer is at its largest sparsity no further step changes anything: trade the rest.
-        if not np.array_equal(full_sparsity, sparsity):
+    if budget.parameters(full_counts) > target:
+        # Once the layers that still lose anything are at their largest sparsity, more rounds would score the
+        # model for nothing: trade the rest where this round removes no unit and N like it do not get there.
+        if full_counts != budget.current or budget.parameters(step(iterations)[1]) <= target:
             return Allocation(full_sparsity, full_counts, landed=False)
         return Allocation(full_sparsity, _trade(budget, full_counts, unit_importance, target), landed=True)
     low, high = 0.0, 1.0

@@ -151,12 +151,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{path}: the safetensors header is not JSON: {error}") from error
     base = 8 + length
     tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = entry["data_offsets"]
-        info = TensorInfo(path, entry["dtype"], tuple(entry["shape"]), base + start, base + end)
-        if info.numel * DTYPE_BYTES.get(info.dtype, 0) != end - start:
+    try:
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            tensors[name] = TensorInfo(path, entry["dtype"], tuple(entry["shape"]), base + start, base + end)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the safetensors header is damaged: {error!r}") from error
+    for name, info in tensors.items():
+        # An unknown dtype is refused by name later, in `open_checkpoint`.
+        if info.start < base or info.end - info.start != info.numel * DTYPE_BYTES.get(info.dtype, 0):
             raise CheckpointError(
                 f"{path}: tensor {name} of {info.dtype} {info.shape} has {end - start} bytes of data"
             )

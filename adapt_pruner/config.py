@@ -67,6 +67,7 @@ class PruneConfig:
         _require_choice("layer_metric", self.layer_metric, ("cosine", "euclidean", "manhattan"))
         _require_choice("normalize", self.normalize, ("max", "rank", "zscore_clip"))
         _require_choice("dtype", self.dtype, ("auto", "fp32", "bf16", "fp16"))
+        _require_choice("backend", self.backend, ("auto", "reference", "cpu", "cuda", "triton"))
 
 
 def parse_target(target: float | str) -> float | int:

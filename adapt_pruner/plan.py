@@ -63,7 +63,7 @@ class PruningPlan:
     @property
     def hash(self) -> str:
         """sha256 over everything in the plan."""
-        return hashlib.sha256(json.dumps(self._payload(), sort_keys=True).encode()).hexdigest()
+        return _hash(self._payload())
 
     def removes_nothing(self) -> bool:
         return all(
@@ -130,21 +130,22 @@ class PruningPlan:
             raise ValueError(f"not a pruning plan: {error!r}") from error
         if version != FORMAT_VERSION:
             raise ValueError(f"plan format version is {version!r}, expected {FORMAT_VERSION}")
-        plan = cls(
-            payload["base_model"],
-            payload["config_hash"],
-            payload["weight_fingerprint"],
-            payload["family"],
-            payload["settings"],
-            tuple({kind: entry["initial"] for kind, entry in layer.items()} for layer in payload["layers"]),
-            tuple(
-                {kind: decode_runs(entry["keep_runs"]) for kind, entry in layer.items()}
-                for layer in payload["layers"]
-            ),
-        )
-        if plan.hash != stored:
-            raise ValueError(f"the plan was changed or damaged: hash is {plan.hash}, expected {stored}")
-        return plan
+        del payload["hash"]
+        if (seen := _hash(payload)) != stored:  # before anything in it is believed
+            raise ValueError(f"the plan was changed or damaged: hash is {seen}, expected {stored}")
+        try:
+            layers = [layer.items() for layer in payload["layers"]]
+            return cls(
+                payload["base_model"],
+                payload["config_hash"],
+                payload["weight_fingerprint"],
+                payload["family"],
+                payload["settings"],
+                tuple({kind: entry["initial"] for kind, entry in layer} for layer in layers),
+                tuple({kind: decode_runs(entry["keep_runs"]) for kind, entry in layer} for layer in layers),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a pruning plan: {error!r}") from error
 
     def save(self, path: str | Path) -> None:
         write_text(Path(path), self.to_json())
@@ -156,6 +157,10 @@ class PruningPlan:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def _hash(payload: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
 
 def encode_runs(indices: Indices) -> list[list[int]]:

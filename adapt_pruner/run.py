@@ -59,9 +59,11 @@ class RunDirectory:
             run._require_same_settings(yaml.safe_load(saved.read_text(encoding="utf-8")), settings)
         run.path.mkdir(parents=True, exist_ok=True)
         run._acquire()
+        # The config comes first: from then on a run that was killed can be resumed.
         if not occupied:
-            write_json(run.path / "environment.json", environment())
             write_text(saved, yaml.safe_dump(settings, sort_keys=False))
+        if not (run.path / "environment.json").exists():
+            write_json(run.path / "environment.json", environment())
         return run
 
     def _require_same_settings(self, saved: Any, settings: dict[str, Any]) -> None:

@@ -26,7 +26,9 @@ inline std::string join(torch::headeronly::IntHeaderOnlyArrayRef values) {
   return text.str();
 }
 
-inline std::string element_name(const char* list, size_t i) { return std::string(list) + "[" + std::to_string(i) + "]"; }
+inline std::string element_name(const char* list, size_t i) {
+  return std::string(list) + "[" + std::to_string(i) + "]";
+}
 
 inline std::string device_name(const Tensor& tensor) {
   if (tensor.is_cpu()) return "cpu";
@@ -58,8 +60,8 @@ inline void check_layout(const std::string& name, const Tensor& tensor) {
   if (tensor.numel() == 0) return;
   const bool dense_rows = cols_of(tensor) == 1 || tensor.stride(tensor.dim() - 1) == 1;
   STD_TORCH_CHECK(dense_rows && row_stride_of(tensor) >= cols_of(tensor), name,
-                  ": expected contiguous rows (last stride 1, row stride >= ", cols_of(tensor), "), got strides ",
-                  join(tensor.strides()));
+                  ": expected contiguous rows (last stride 1, row stride >= ", cols_of(tensor),
+                  "), got strides ", join(tensor.strides()));
 }
 
 inline void check_same_device(const std::string& name, const Tensor& tensor, const Tensor& first) {
@@ -68,13 +70,13 @@ inline void check_same_device(const std::string& name, const Tensor& tensor, con
 }
 
 // Returns the number of units.
-inline int64_t check_members(const char* list, const std::vector<Tensor>& tensors, const std::vector<int64_t>& dims,
-                             const std::vector<int64_t>& group_sizes) {
+inline int64_t check_members(const char* list, const std::vector<Tensor>& tensors,
+                             const std::vector<int64_t>& dims, const std::vector<int64_t>& group_sizes) {
   STD_TORCH_CHECK(!tensors.empty(), list, ": expected at least one tensor, got none");
   STD_TORCH_CHECK(dims.size() == tensors.size(), "dims: expected one for each of ", tensors.size(),
                   " tensors, got ", dims.size());
-  STD_TORCH_CHECK(group_sizes.size() == tensors.size(), "group_sizes: expected one for each of ", tensors.size(),
-                  " tensors, got ", group_sizes.size());
+  STD_TORCH_CHECK(group_sizes.size() == tensors.size(), "group_sizes: expected one for each of ",
+                  tensors.size(), " tensors, got ", group_sizes.size());
   int64_t units = -1;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const std::string name = element_name(list, i);
@@ -86,8 +88,8 @@ inline int64_t check_members(const char* list, const std::vector<Tensor>& tensor
     STD_TORCH_CHECK(group_sizes[i] >= 1 && length % group_sizes[i] == 0, "group_sizes[", i,
                     "]: expected a divisor of the ", length, " indices of dimension ", dims[i], ", got ",
                     group_sizes[i]);
-    STD_TORCH_CHECK(units < 0 || length / group_sizes[i] == units, name, ": expected ", units, " units as in ",
-                    list, "[0], got ", length / group_sizes[i]);
+    STD_TORCH_CHECK(units < 0 || length / group_sizes[i] == units, name, ": expected ", units,
+                    " units as in ", list, "[0], got ", length / group_sizes[i]);
     units = length / group_sizes[i];
   }
   return units;
@@ -97,17 +99,19 @@ inline int64_t check_members(const char* list, const std::vector<Tensor>& tensor
 inline void check_companions(const char* list, const std::vector<Tensor>& companions,
                              const std::vector<Tensor>& weights, bool needed, const std::string& mode) {
   const size_t expected = needed ? weights.size() : 0;
-  STD_TORCH_CHECK(companions.size() == expected, list, ": mode '", mode, "' expects ", expected, " tensors, got ",
-                  companions.size());
+  STD_TORCH_CHECK(companions.size() == expected, list, ": mode '", mode, "' expects ", expected,
+                  " tensors, got ", companions.size());
   for (size_t i = 0; i < companions.size(); ++i) {
     const std::string name = element_name(list, i);
     check_layout(name, companions[i]);
     check_same_device(name, companions[i], weights[i]);
-    STD_TORCH_CHECK(join(companions[i].sizes()) == join(weights[i].sizes()), name, ": expected the weight's shape ",
-                    join(weights[i].sizes()), ", got ", join(companions[i].sizes()));
+    STD_TORCH_CHECK(join(companions[i].sizes()) == join(weights[i].sizes()), name,
+                    ": expected the weight's shape ", join(weights[i].sizes()), ", got ",
+                    join(companions[i].sizes()));
     const int32_t dtype = floating_dtype(name, companions[i]);
     STD_TORCH_CHECK(dtype == kFloat32 || companions[i].scalar_type() == weights[i].scalar_type(), name,
-                    ": expected the weight's dtype or float32, got scalar type ", int(companions[i].scalar_type()));
+                    ": expected the weight's dtype or float32, got scalar type ",
+                    int(companions[i].scalar_type()));
   }
 }
 
@@ -115,19 +119,20 @@ inline void check_keep(const Tensor& keep, int64_t units) {
   STD_TORCH_CHECK(keep.dim() == 1 && keep.scalar_type() == ScalarType::Long,
                   "keep: expected a 1-D int64 tensor, got shape ", join(keep.sizes()), " of scalar type ",
                   int(keep.scalar_type()));
-  STD_TORCH_CHECK(keep.is_cpu() && keep.is_contiguous(), "keep: expected a contiguous tensor on the cpu, got ",
-                  device_name(keep));
+  STD_TORCH_CHECK(keep.is_cpu() && keep.is_contiguous(),
+                  "keep: expected a contiguous tensor on the cpu, got ", device_name(keep));
   const int64_t* values = keep.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < keep.numel(); ++i) {
     STD_TORCH_CHECK(0 <= values[i] && values[i] < units, "keep[", i, "] = ", values[i],
                     ": expected 0 <= unit < ", units);
-    STD_TORCH_CHECK(i == 0 || values[i] > values[i - 1], "keep[", i, "] = ", values[i], ": expected more than keep[",
-                    i - 1, "] = ", values[i - 1], " (sorted, each unit once)");
+    STD_TORCH_CHECK(i == 0 || values[i] > values[i - 1], "keep[", i, "] = ", values[i],
+                    ": expected more than keep[", i - 1, "] = ", values[i - 1], " (sorted, each unit once)");
   }
 }
 
 inline Mode parse_mode(const std::string& mode) {
-  static const char* const names[] = {"first", "vectorize", "second", "mixed", "magnitude_l1", "magnitude_l2"};
+  static const char* const names[] = {"first", "vectorize",    "second",
+                                      "mixed", "magnitude_l1", "magnitude_l2"};
   for (int32_t i = 0; i < 6; ++i) {
     if (mode == names[i]) return Mode(i);
   }

@@ -9,7 +9,14 @@ namespace adapt_pruner {
 
 enum Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-enum Mode : int32_t { kFirst = 0, kVectorize = 1, kSecond = 2, kMixed = 3, kMagnitudeL1 = 4, kMagnitudeL2 = 5 };
+enum Mode : int32_t {
+  kFirst = 0,
+  kVectorize = 1,
+  kSecond = 2,
+  kMixed = 3,
+  kMagnitudeL1 = 4,
+  kMagnitudeL2 = 5
+};
 
 enum Metric : int32_t { kCosine = 0, kEuclidean = 1, kManhattan = 2 };
 
@@ -67,7 +74,8 @@ void ap_cpu_gather_units(const adapt_pruner::GatherMember* members, int64_t memb
 void ap_cpu_residual_similarity(adapt_pruner::Matrix h_in, adapt_pruner::Matrix h_out, int64_t tokens,
                                 int64_t hidden, int32_t metric, float* result, ApParallelFor parallel_for);
 
-// ---- CUDA: pointers are device pointers, work is queued on `stream`, 0 or a cudaError_t is returned ---------
+// ---- CUDA: pointers are device pointers, work is queued on `stream`, 0 or a cudaError_t is returned
+// ---------
 
 int ap_cuda_runtime_version();
 int ap_cuda_driver_version();
@@ -76,7 +84,8 @@ const char* ap_cuda_error_string(int error);
 // Queues a copy from pageable host memory; the source may be reused on return.
 int ap_cuda_upload(void* target, const void* source, int64_t bytes, void* stream);
 
-int64_t ap_cuda_importance_scratch_floats(const adapt_pruner::ImportanceMember* members, int64_t member_count);
+int64_t ap_cuda_importance_scratch_floats(const adapt_pruner::ImportanceMember* members,
+                                          int64_t member_count);
 
 int ap_cuda_unit_importance(const adapt_pruner::ImportanceMember* members, int64_t member_count, int32_t mode,
                             int64_t units, float* scores, float* scratch, void* stream);

@@ -19,7 +19,8 @@
 namespace adapt_pruner {
 namespace {
 
-// ---- arguments, checked and turned into the kernels' plain structs ------------------------------------------
+// ---- arguments, checked and turned into the kernels' plain structs
+// ------------------------------------------
 
 Matrix matrix_of(const std::string& name, const Tensor& tensor) {
   return {tensor.const_data_ptr(), row_stride_of(tensor), floating_dtype(name, tensor)};
@@ -33,7 +34,8 @@ struct ImportanceArguments {
 
 ImportanceArguments importance_arguments(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
                                          const std::vector<Tensor>& fishers, const std::vector<int64_t>& dims,
-                                         const std::vector<int64_t>& group_sizes, const std::string& mode_name) {
+                                         const std::vector<int64_t>& group_sizes,
+                                         const std::string& mode_name) {
   ImportanceArguments arguments;
   arguments.mode = parse_mode(mode_name);
   arguments.units = check_members("weights", weights, dims, group_sizes);
@@ -100,16 +102,18 @@ Matrix token_rows(const std::string& name, const Tensor& tensor) {
     check_layout(name, tensor);
     return matrix_of(name, tensor);
   }
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor or [tokens, hidden], got shape ",
-                  join(tensor.sizes()), " with strides ", join(tensor.strides()));
+  STD_TORCH_CHECK(tensor.is_contiguous(), name,
+                  ": expected a contiguous tensor or [tokens, hidden], got shape ", join(tensor.sizes()),
+                  " with strides ", join(tensor.strides()));
   return {tensor.const_data_ptr(), cols_of(tensor), floating_dtype(name, tensor)};
 }
 
 SimilarityArguments similarity_arguments(const Tensor& h_in, const Tensor& h_out, const std::string& metric) {
   STD_TORCH_CHECK(join(h_in.sizes()) == join(h_out.sizes()), "h_out: expected the shape of h_in ",
                   join(h_in.sizes()), ", got ", join(h_out.sizes()));
-  STD_TORCH_CHECK(h_in.scalar_type() == h_out.scalar_type(), "h_out: expected the dtype of h_in (scalar type ",
-                  int(h_in.scalar_type()), "), got scalar type ", int(h_out.scalar_type()));
+  STD_TORCH_CHECK(h_in.scalar_type() == h_out.scalar_type(),
+                  "h_out: expected the dtype of h_in (scalar type ", int(h_in.scalar_type()),
+                  "), got scalar type ", int(h_out.scalar_type()));
   check_same_device("h_out", h_out, h_in);
   SimilarityArguments arguments = {};
   arguments.metric = parse_metric(metric);
@@ -123,12 +127,15 @@ SimilarityArguments similarity_arguments(const Tensor& h_in, const Tensor& h_out
 // ---- CPU ------------------------------------------------------------------------------------------------
 
 void parallel_for(int64_t count, int64_t grain, ApRangeBody body, void* context) {
-  torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+  torch::stable::parallel_for(0, count, grain,
+                              [=](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
-Tensor unit_importance_cpu(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector<Tensor> fishers,
-                           std::vector<int64_t> dims, std::vector<int64_t> group_sizes, std::string mode) {
-  const ImportanceArguments arguments = importance_arguments(weights, grads, fishers, dims, group_sizes, mode);
+Tensor unit_importance_cpu(std::vector<Tensor> weights, std::vector<Tensor> grads,
+                           std::vector<Tensor> fishers, std::vector<int64_t> dims,
+                           std::vector<int64_t> group_sizes, std::string mode) {
+  const ImportanceArguments arguments =
+      importance_arguments(weights, grads, fishers, dims, group_sizes, mode);
   Tensor scores = torch::stable::new_empty(weights[0], {arguments.units}, ScalarType::Float);
   ap_cpu_unit_importance(arguments.members.data(), int64_t(arguments.members.size()), arguments.mode,
                          arguments.units, scores.mutable_data_ptr<float>(), parallel_for);
@@ -138,16 +145,16 @@ Tensor unit_importance_cpu(std::vector<Tensor> weights, std::vector<Tensor> grad
 std::vector<Tensor> gather_units_cpu(std::vector<Tensor> tensors, std::vector<int64_t> dims,
                                      std::vector<int64_t> group_sizes, Tensor keep) {
   const GatherArguments arguments = gather_arguments(tensors, dims, group_sizes, keep);
-  ap_cpu_gather_units(arguments.members.data(), int64_t(arguments.members.size()), keep.const_data_ptr<int64_t>(),
-                      keep.numel(), parallel_for);
+  ap_cpu_gather_units(arguments.members.data(), int64_t(arguments.members.size()),
+                      keep.const_data_ptr<int64_t>(), keep.numel(), parallel_for);
   return arguments.outputs;
 }
 
 Tensor residual_similarity_cpu(Tensor h_in, Tensor h_out, std::string metric) {
   const SimilarityArguments arguments = similarity_arguments(h_in, h_out, metric);
   Tensor result = torch::stable::new_empty(h_in, {}, ScalarType::Float);
-  ap_cpu_residual_similarity(arguments.h_in, arguments.h_out, arguments.tokens, arguments.hidden, arguments.metric,
-                             result.mutable_data_ptr<float>(), parallel_for);
+  ap_cpu_residual_similarity(arguments.h_in, arguments.h_out, arguments.tokens, arguments.hidden,
+                             arguments.metric, result.mutable_data_ptr<float>(), parallel_for);
   return result;
 }
 
@@ -174,9 +181,11 @@ void check_launch(const char* op, int error) {
   STD_TORCH_CHECK(error == 0, op, ": ", ap_cuda_error_string(error));
 }
 
-Tensor unit_importance_cuda(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector<Tensor> fishers,
-                            std::vector<int64_t> dims, std::vector<int64_t> group_sizes, std::string mode) {
-  const ImportanceArguments arguments = importance_arguments(weights, grads, fishers, dims, group_sizes, mode);
+Tensor unit_importance_cuda(std::vector<Tensor> weights, std::vector<Tensor> grads,
+                            std::vector<Tensor> fishers, std::vector<int64_t> dims,
+                            std::vector<int64_t> group_sizes, std::string mode) {
+  const ImportanceArguments arguments =
+      importance_arguments(weights, grads, fishers, dims, group_sizes, mode);
   const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
   const int64_t count = int64_t(arguments.members.size());
   Tensor scores = torch::stable::new_empty(weights[0], {arguments.units}, ScalarType::Float);
@@ -211,10 +220,10 @@ Tensor residual_similarity_cuda(Tensor h_in, Tensor h_out, std::string metric) {
   Tensor result = torch::stable::new_empty(h_in, {}, ScalarType::Float);
   Tensor scratch = torch::stable::new_empty(h_in, {arguments.tokens}, ScalarType::Float);
   check_launch("residual_similarity",
-               ap_cuda_residual_similarity(arguments.h_in, arguments.h_out, arguments.tokens, arguments.hidden,
-                                           arguments.metric, result.mutable_data_ptr<float>(),
-                                           scratch.mutable_data_ptr<float>(),
-                                           current_stream(h_in.get_device_index())));
+               ap_cuda_residual_similarity(
+                   arguments.h_in, arguments.h_out, arguments.tokens, arguments.hidden, arguments.metric,
+                   result.mutable_data_ptr<float>(), scratch.mutable_data_ptr<float>(),
+                   current_stream(h_in.get_device_index())));
   return result;
 }
 
@@ -247,7 +256,8 @@ STABLE_TORCH_LIBRARY_IMPL(adapt_pruner, CUDA, m) {
 
 }  // namespace adapt_pruner
 
-// ---- the Python module: importing it registers the ops; it also says how it was built ---------------------------
+// ---- the Python module: importing it registers the ops; it also says how it was built
+// ---------------------------
 
 #define ADAPT_PRUNER_TEXT(...) #__VA_ARGS__
 #define ADAPT_PRUNER_EXPANDED_TEXT(...) ADAPT_PRUNER_TEXT(__VA_ARGS__)
@@ -266,9 +276,10 @@ PyObject* build_info(PyObject*, PyObject*) {
   if (info == nullptr) return nullptr;
   const int target_major = int((uint64_t(TORCH_TARGET_VERSION) >> 56) & 0xff);
   const int target_minor = int((uint64_t(TORCH_TARGET_VERSION) >> 48) & 0xff);
-  bool done = set_text(info, "version", ADAPT_PRUNER_EXPANDED_TEXT(ADAPT_PRUNER_VERSION)) &&
-              set_text(info, "torch_target", std::to_string(target_major) + "." + std::to_string(target_minor)) &&
-              set_text(info, "compiler", __VERSION__) && set_text(info, "cpu_isa", ap_cpu_isa());
+  bool done =
+      set_text(info, "version", ADAPT_PRUNER_EXPANDED_TEXT(ADAPT_PRUNER_VERSION)) &&
+      set_text(info, "torch_target", std::to_string(target_major) + "." + std::to_string(target_minor)) &&
+      set_text(info, "compiler", __VERSION__) && set_text(info, "cpu_isa", ap_cpu_isa());
 #ifdef ADAPT_PRUNER_WITH_CUDA
   const int runtime = ap_cuda_runtime_version();
   done = done &&

@@ -8,8 +8,9 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
-_TRIGGER = "transformers.models.auto.configuration_auto"
+_AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 
 
 def register() -> None:
@@ -24,17 +25,39 @@ def register() -> None:
         AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
 
 
-class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Runs `register` right after transformers' Auto classes have been imported.
+def register_on_first_load() -> None:
+    """Arranges that the first `AutoConfig.from_pretrained`, through which every load goes, registers first.
 
-    Importing transformers takes seconds and hundreds of megabytes, which commands that only touch files
-    do not need; `import adapt_pruner` alone must still be enough for `from_pretrained` to work.
+    `import adapt_pruner` calls this, so that it is enough for `from_pretrained` to work. Importing the model
+    classes there and then would cost seconds and hundreds of megabytes that commands which only touch files
+    do not need, and would fail in the middle of transformers' own circular imports.
     """
+    module = sys.modules.get(_AUTO_CONFIG_MODULE)
+    if module is not None:
+        _patch(module)
+    else:
+        sys.meta_path.insert(0, _PatchAfterImport())
+
+
+def _patch(module: ModuleType) -> None:
+    auto_config = module.AutoConfig
+    original = auto_config.__dict__["from_pretrained"]
+
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        auto_config.from_pretrained = original
+        register()
+        return cls.from_pretrained(*args, **kwargs)
+
+    auto_config.from_pretrained = classmethod(from_pretrained)
+
+
+class _PatchAfterImport(importlib.abc.MetaPathFinder):
+    """Patches the module of AutoConfig as soon as somebody imports it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _TRIGGER:
+        if fullname != _AUTO_CONFIG_MODULE:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -42,17 +65,9 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
             return None
         execute = spec.loader.exec_module
 
-        def execute_then_register(module: ModuleType) -> None:
+        def execute_then_patch(module: ModuleType) -> None:
             execute(module)
-            register()
+            _patch(module)
 
-        spec.loader.exec_module = execute_then_register  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_then_patch  # type: ignore[method-assign]
         return spec
-
-
-def register_when_transformers_is_imported() -> None:
-    """Registers now if transformers' Auto classes are loaded, else as soon as they are."""
-    if _TRIGGER in sys.modules:
-        register()
-    elif not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegisterAfterImport())

@@ -34,7 +34,9 @@ void gather_rows(const GatherMember& member, const int64_t* keep, int64_t kept, 
   const size_t row_bytes = size_t(member.cols) * size_t(member.element_size);
   const bool dense = member.source_row_stride == member.cols;
   const int64_t group_size = member.group_size;
-  const auto source_index = [&](int64_t row) { return keep[row / group_size] * group_size + row % group_size; };
+  const auto source_index = [&](int64_t row) {
+    return keep[row / group_size] * group_size + row % group_size;
+  };
   run_parallel(parallel_for, kept * group_size, grain_for(member.cols), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end;) {
       const int64_t source = source_index(row);
@@ -77,7 +79,8 @@ void gather_column_elements(const GatherMember& member, const std::vector<int64_
   });
 }
 
-void gather_columns(const GatherMember& member, const int64_t* keep, int64_t kept, ApParallelFor parallel_for) {
+void gather_columns(const GatherMember& member, const int64_t* keep, int64_t kept,
+                    ApParallelFor parallel_for) {
   const std::vector<Run> runs = runs_of(keep, kept, member.group_size);
   const int64_t kept_cols = kept * member.group_size;
   if (kept_cols * member.element_size >= int64_t(runs.size()) * kMinRunBytes) {

@@ -162,10 +162,10 @@ Kernel choose_kernel(const ImportanceMember& member, Mode mode) {
   }
 }
 
-void sum_rows(const ImportanceMember& member, const Kernel& kernel, double* index_scores, ApParallelFor parallel_for) {
-  run_parallel(parallel_for, member.rows, grain_for(member.cols), [&](int64_t begin, int64_t end) {
-    kernel.rows(member, begin, end, index_scores);
-  });
+void sum_rows(const ImportanceMember& member, const Kernel& kernel, double* index_scores,
+              ApParallelFor parallel_for) {
+  run_parallel(parallel_for, member.rows, grain_for(member.cols),
+               [&](int64_t begin, int64_t end) { kernel.rows(member, begin, end, index_scores); });
 }
 
 void sum_columns(const ImportanceMember& member, const Kernel& kernel, double* index_scores,
@@ -174,9 +174,8 @@ void sum_columns(const ImportanceMember& member, const Kernel& kernel, double* i
   const int64_t tiles = (member.cols + kColumnTile - 1) / kColumnTile;
   const std::unique_ptr<float[]> partial_sums(new float[size_t(row_blocks * member.cols)]);
   const int64_t item_elements = std::min(member.rows, kRowBlock) * std::min(member.cols, kColumnTile);
-  run_parallel(parallel_for, row_blocks * tiles, grain_for(item_elements), [&](int64_t begin, int64_t end) {
-    kernel.columns(member, begin, end, partial_sums.get());
-  });
+  run_parallel(parallel_for, row_blocks * tiles, grain_for(item_elements),
+               [&](int64_t begin, int64_t end) { kernel.columns(member, begin, end, partial_sums.get()); });
   run_parallel(parallel_for, member.cols, grain_for(row_blocks), [&](int64_t begin, int64_t end) {
     std::fill(index_scores + begin, index_scores + end, 0.0);
     for (int64_t block = 0; block < row_blocks; ++block) {

@@ -1,4 +1,5 @@
-// Eight fp32 lanes as a compiler vector, dtype conversion, run-time choice of the instruction set, and threads.
+// Eight fp32 lanes as a compiler vector, dtype conversion, run-time choice of the instruction set, and
+// threads.
 //
 // A kernel is written once, as an AP_INLINE template, and instantiated in two functions: one for the
 // baseline of the architecture and one marked AP_AVX2. Both do the same operations in the same order (no
@@ -51,9 +52,10 @@ AP_INLINE F half_to_float(U half) {
   const U sign = (half & 0x8000u) << 16;
   const U shifted = (half & 0x7fffu) << 13;
   const U exponent = shifted & 0x0f800000u;
-  const U normal = shifted + 0x38000000u;                                        // rebias: 127 - 15
-  const U special = normal + 0x38000000u;                                        // infinity, NaN
-  const U subnormal = bit_cast<U>(bit_cast<F>(normal + 0x00800000u) - 0x1p-14f);  // 0x1p-14 * (1 + m) - 0x1p-14
+  const U normal = shifted + 0x38000000u;  // rebias: 127 - 15
+  const U special = normal + 0x38000000u;  // infinity, NaN
+  const U subnormal =
+      bit_cast<U>(bit_cast<F>(normal + 0x00800000u) - 0x1p-14f);  // 0x1p-14 * (1 + m) - 0x1p-14
   const U magnitude = exponent == 0x0f800000u ? special : (exponent == 0u ? subnormal : normal);
   return bit_cast<F>(magnitude | sign);
 }
@@ -101,7 +103,9 @@ AP_INLINE const Absent* row_of<Absent>(const Matrix&, int64_t) {
 constexpr int64_t kGrainElements = 32768;  // less work than this is not worth a thread
 
 inline int64_t grain_for(int64_t elements_per_item) {
-  return elements_per_item >= kGrainElements ? 1 : kGrainElements / (elements_per_item > 0 ? elements_per_item : 1);
+  return elements_per_item >= kGrainElements
+             ? 1
+             : kGrainElements / (elements_per_item > 0 ? elements_per_item : 1);
 }
 
 template <class Body>

@@ -57,8 +57,8 @@ AP_INLINE Sums token_sums(const T* a, const T* b, int64_t hidden) {
 }
 
 template <Metric metric, class T>
-AP_INLINE void tokens_body(const Matrix& h_in, const Matrix& h_out, int64_t hidden, int64_t begin, int64_t end,
-                           double* per_token) {
+AP_INLINE void tokens_body(const Matrix& h_in, const Matrix& h_out, int64_t hidden, int64_t begin,
+                           int64_t end, double* per_token) {
   for (int64_t token = begin; token < end; ++token) {
     const Sums sums = token_sums<metric>(row_of<T>(h_in, token), row_of<T>(h_out, token), hidden);
     if constexpr (metric == kCosine) {
@@ -73,7 +73,8 @@ AP_INLINE void tokens_body(const Matrix& h_in, const Matrix& h_out, int64_t hidd
   }
 }
 
-using Kernel = void (*)(const Matrix&, const Matrix&, int64_t hidden, int64_t begin, int64_t end, double* per_token);
+using Kernel = void (*)(const Matrix&, const Matrix&, int64_t hidden, int64_t begin, int64_t end,
+                        double* per_token);
 
 template <Metric metric, class T>
 AP_AVX2 void tokens_avx2(const Matrix& h_in, const Matrix& h_out, int64_t hidden, int64_t begin, int64_t end,

@@ -58,7 +58,8 @@ __device__ inline float load_one(const void* data, int32_t dtype, int64_t i) {
 __device__ inline void load_chunk(const Matrix& matrix, bool aligned, int64_t i, int count, float* values) {
   if (!aligned || count < kChunk) {
 #pragma unroll
-    for (int k = 0; k < kChunk; ++k) values[k] = k < count ? load_one(matrix.data, matrix.dtype, i + k) : 0.0f;
+    for (int k = 0; k < kChunk; ++k)
+      values[k] = k < count ? load_one(matrix.data, matrix.dtype, i + k) : 0.0f;
     return;
   }
   if (matrix.dtype == kFloat32) {
@@ -89,8 +90,8 @@ __device__ inline T warp_sum(T value) {
   return value;
 }
 
-// The sum over the block in thread 0, in an order fixed by kThreads. `shared` holds one value per warp and may
-// be used again only after a barrier.
+// The sum over the block in thread 0, in an order fixed by kThreads. `shared` holds one value per warp and
+// may be used again only after a barrier.
 template <int kThreads, class T>
 __device__ inline T block_sum(T value, T* shared) {
   value = warp_sum(value);

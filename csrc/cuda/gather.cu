@@ -1,4 +1,5 @@
-// Gathering of kept units on the GPU, in the widest words (up to 16 bytes) that alignment and group size allow.
+// Gathering of kept units on the GPU, in the widest words (up to 16 bytes) that alignment and group size
+// allow.
 #include "common.cuh"
 
 namespace adapt_pruner::cuda {
@@ -56,7 +57,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int k = 0; k < kRowsPerThread; ++k) {
     const int64_t row = at.row_step * kRowsPerThread + k;
     if (row < member.rows) {
-      member.target[row * member.kept_cols + at.col] = member.source[row * member.source_row_stride + source_col];
+      member.target[row * member.kept_cols + at.col] =
+          member.source[row * member.source_row_stride + source_col];
     }
   }
 }
@@ -64,8 +66,12 @@ __global__ void __launch_bounds__(kThreads)
 template <class Word>
 int launch_words(const GatherMember& member, const int64_t* keep, int64_t kept, void* stream) {
   const int64_t per_word = int64_t(sizeof(Word)) / member.element_size;
-  Words<Word> words = {static_cast<const Word*>(member.source), static_cast<Word*>(member.target),
-                       member.source_row_stride / per_word, 0, 0, 0};
+  Words<Word> words = {static_cast<const Word*>(member.source),
+                       static_cast<Word*>(member.target),
+                       member.source_row_stride / per_word,
+                       0,
+                       0,
+                       0};
   const bool by_rows = member.dim == 0;
   if (by_rows) {
     words.rows = kept * member.group_size;
@@ -92,7 +98,8 @@ int launch_words(const GatherMember& member, const int64_t* keep, int64_t kept, 
 bool fits(const GatherMember& member, int64_t word_bytes) {
   const int64_t size = member.element_size;
   const int64_t unbroken = (member.dim == 0 ? member.cols : member.group_size) * size;
-  return word_bytes >= size && unbroken % word_bytes == 0 && member.source_row_stride * size % word_bytes == 0 &&
+  return word_bytes >= size && unbroken % word_bytes == 0 &&
+         member.source_row_stride * size % word_bytes == 0 &&
          reinterpret_cast<uintptr_t>(member.source) % uintptr_t(word_bytes) == 0 &&
          reinterpret_cast<uintptr_t>(member.target) % uintptr_t(word_bytes) == 0;
 }

@@ -37,7 +37,8 @@ __device__ inline void load_elements(const ImportanceMember& member, bool aligne
   const int count = static_cast<int>(smaller(kChunk, member.cols - col));
   float w[kChunk], g[kChunk] = {}, h[kChunk] = {};
   load_chunk(member.weight, aligned, row * member.weight.row_stride + col, count, w);
-  if constexpr (kReadsGrad<mode>) load_chunk(member.grad, aligned, row * member.grad.row_stride + col, count, g);
+  if constexpr (kReadsGrad<mode>)
+    load_chunk(member.grad, aligned, row * member.grad.row_stride + col, count, g);
   if constexpr (kReadsFisher<mode>) {
     load_chunk(member.fisher, aligned, row * member.fisher.row_stride + col, count, h);
   }
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(kRowThreads)
 
 // partial_sums: [row blocks, cols]
 template <Mode mode>
-__global__ void __launch_bounds__(kColumnLanes * kRowLanes, kColumnBlocksPerSm)
+__global__ void __launch_bounds__(kColumnLanes* kRowLanes, kColumnBlocksPerSm)
     column_partial_sums(const ImportanceMember member, const bool aligned, float* __restrict__ partial_sums) {
   __shared__ float shared[kRowLanes][kColumnsPerBlock];
   const int64_t first_col = int64_t(blockIdx.x) * kColumnsPerBlock;
@@ -96,7 +97,8 @@ __global__ void __launch_bounds__(kFoldThreads)
   const int64_t col = int64_t(blockIdx.x) * kFoldThreads + threadIdx.x;
   if (col >= cols) return;
   double sum = 0.0;
-  for (int64_t row_block = 0; row_block < row_blocks; ++row_block) sum += partial_sums[row_block * cols + col];
+  for (int64_t row_block = 0; row_block < row_blocks; ++row_block)
+    sum += partial_sums[row_block * cols + col];
   index_scores[col] = static_cast<float>(absolute ? fabs(sum) : sum);
 }
 
@@ -107,15 +109,19 @@ __global__ void __launch_bounds__(kFoldThreads)
   const int64_t unit = int64_t(blockIdx.x) * (kFoldThreads / kWarp) + threadIdx.x / kWarp;
   if (unit >= units) return;  // whole warps only
   double sum = 0.0;
-  for (int64_t i = threadIdx.x % kWarp; i < group_size; i += kWarp) sum += index_scores[unit * group_size + i];
+  for (int64_t i = threadIdx.x % kWarp; i < group_size; i += kWarp)
+    sum += index_scores[unit * group_size + i];
   sum = warp_sum(sum);
   if (threadIdx.x % kWarp == 0) scores[unit] = static_cast<float>(first_member ? sum : scores[unit] + sum);
 }
 
-int64_t unit_axis_length(const ImportanceMember& member) { return member.dim == 0 ? member.rows : member.cols; }
+int64_t unit_axis_length(const ImportanceMember& member) {
+  return member.dim == 0 ? member.rows : member.cols;
+}
 
 template <Mode mode>
-int launch_index_scores(const ImportanceMember& member, float* index_scores, float* partial_sums, void* stream) {
+int launch_index_scores(const ImportanceMember& member, float* index_scores, float* partial_sums,
+                        void* stream) {
   const bool aligned = rows_aligned(member.weight) && (!kReadsGrad<mode> || rows_aligned(member.grad)) &&
                        (!kReadsFisher<mode> || rows_aligned(member.fisher));
   if (member.dim == 0) {
@@ -139,7 +145,8 @@ int launch_index_scores(const ImportanceMember& member, float* index_scores, flo
   return cudaGetLastError();
 }
 
-int launch_mode(Mode mode, const ImportanceMember& member, float* index_scores, float* partial_sums, void* stream) {
+int launch_mode(Mode mode, const ImportanceMember& member, float* index_scores, float* partial_sums,
+                void* stream) {
   switch (mode) {
     case kVectorize: return launch_index_scores<kVectorize>(member, index_scores, partial_sums, stream);
     case kSecond: return launch_index_scores<kSecond>(member, index_scores, partial_sums, stream);
@@ -154,7 +161,8 @@ int launch_mode(Mode mode, const ImportanceMember& member, float* index_scores, 
 }  // namespace adapt_pruner::cuda
 
 // Scratch of the largest member: its index scores, then its partial column sums.
-int64_t ap_cuda_importance_scratch_floats(const adapt_pruner::ImportanceMember* members, int64_t member_count) {
+int64_t ap_cuda_importance_scratch_floats(const adapt_pruner::ImportanceMember* members,
+                                          int64_t member_count) {
   using namespace adapt_pruner::cuda;
   int64_t largest = 0;
   for (int64_t m = 0; m < member_count; ++m) {
@@ -173,8 +181,8 @@ int ap_cuda_unit_importance(const adapt_pruner::ImportanceMember* members, int64
     float* partial_sums = scratch + unit_axis_length(members[m]);
     int error = launch_mode(adapt_pruner::Mode(mode), members[m], scratch, partial_sums, stream);
     if (error != cudaSuccess) return error;
-    AP_LAUNCH(add_unit_scores, static_cast<unsigned>(ceil_div(units, kFoldThreads / kWarp)), kFoldThreads, stream,
-              scratch, units, members[m].group_size, m == 0, scores);
+    AP_LAUNCH(add_unit_scores, static_cast<unsigned>(ceil_div(units, kFoldThreads / kWarp)), kFoldThreads,
+              stream, scratch, units, members[m].group_size, m == 0, scores);
     error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }

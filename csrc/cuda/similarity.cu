@@ -66,12 +66,12 @@ __global__ void __launch_bounds__(kMeanThreads)
 }
 
 template <Metric metric>
-int launch(const Matrix& h_in, const Matrix& h_out, int64_t tokens, int64_t hidden, float* result, float* per_token,
-           void* stream) {
+int launch(const Matrix& h_in, const Matrix& h_out, int64_t tokens, int64_t hidden, float* result,
+           float* per_token, void* stream) {
   const bool aligned = rows_aligned(h_in) && rows_aligned(h_out);
   if (tokens > kMaxGridX) return cudaErrorInvalidValue;
-  AP_LAUNCH(token_values<metric>, static_cast<unsigned>(tokens), kTokenThreads, stream, h_in, h_out, aligned, hidden,
-            per_token);
+  AP_LAUNCH(token_values<metric>, static_cast<unsigned>(tokens), kTokenThreads, stream, h_in, h_out, aligned,
+            hidden, per_token);
   const int error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   AP_LAUNCH(mean_of_tokens, 1u, kMeanThreads, stream, per_token, tokens, result);
@@ -84,7 +84,9 @@ int launch(const Matrix& h_in, const Matrix& h_out, int64_t tokens, int64_t hidd
 int ap_cuda_residual_similarity(adapt_pruner::Matrix h_in, adapt_pruner::Matrix h_out, int64_t tokens,
                                 int64_t hidden, int32_t metric, float* result, float* scratch, void* stream) {
   using namespace adapt_pruner;
-  if (metric == kEuclidean) return cuda::launch<kEuclidean>(h_in, h_out, tokens, hidden, result, scratch, stream);
-  if (metric == kManhattan) return cuda::launch<kManhattan>(h_in, h_out, tokens, hidden, result, scratch, stream);
+  if (metric == kEuclidean)
+    return cuda::launch<kEuclidean>(h_in, h_out, tokens, hidden, result, scratch, stream);
+  if (metric == kManhattan)
+    return cuda::launch<kManhattan>(h_in, h_out, tokens, hidden, result, scratch, stream);
   return cuda::launch<kCosine>(h_in, h_out, tokens, hidden, result, scratch, stream);
 }

@@ -52,22 +52,27 @@ class LaunchFailed(RuntimeError):
     """A kernel launch returned an error: a barrier that not all threads reach, or a bad configuration."""
 
 
-def compile_kernels(folder: Path, edit: Callable[[str, str], str] | None = None) -> ctypes.CDLL:
-    """Compile csrc/cuda into `folder`; `edit(name, text)` may change a source, to plant a bug."""
+def compile_kernels(
+    folder: Path,
+    sources: Sequence[str] = ("saliency.cu", "gather.cu", "similarity.cu"),
+    edit: Callable[[str, str], str] | None = None,
+) -> ctypes.CDLL:
+    """Compile sources of csrc/cuda into `folder`; `edit(name, text)` may change a text, to plant a bug."""
     copies = folder / "csrc" / "cuda"
     copies.mkdir(parents=True)
     (folder / "csrc" / "kernels.h").write_text((ROOT / "csrc" / "kernels.h").read_text())
-    for name in ("common.cuh", "saliency.cu", "gather.cu", "similarity.cu"):
+    for name in ("common.cuh", *sources):
         text = (CUDA_SOURCES / name).read_text()
         (copies / name).write_text(edit(name, text) if edit is not None else text)
     # one translation unit, so that all kernels share one emulated machine and g++ starts once
-    (copies / "all.cpp").write_text("".join(f'#include "{op}.cu"\n' for op in ("saliency", "gather", "similarity")))
+    (copies / "all.cpp").write_text("".join(f'#include "{name}"\n' for name in sources))
     library = folder / "libemulated.so"
     command = ["g++", "-std=c++17", "-O1", "-g", "-shared", "-fPIC", "-ffp-contract=off", f"-I{EMULATION}"]
     command += ["-Wall", "-Werror", "-Wno-unknown-pragmas", str(copies / "all.cpp"), "-o", str(library)]
     subprocess.run(command, check=True, timeout=300)
     kernels = ctypes.CDLL(str(library))
-    kernels.ap_cuda_importance_scratch_floats.restype = c_int64
+    if "saliency.cu" in sources:
+        kernels.ap_cuda_importance_scratch_floats.restype = c_int64
     return kernels
 
 

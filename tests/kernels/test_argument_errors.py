@@ -16,7 +16,10 @@ IMPORTANCE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown mode": ({"mode": "third"}, "mode 'third': expected one of first, vectorize"),
     "no weights": ({"weights": []}, "weights: expected at least one tensor, got none"),
     "too few dims": ({"dims": []}, "dims: expected one for each of 1 tensors, got 0"),
-    "too many group sizes": ({"group_sizes": [1, 2]}, "group_sizes: expected one for each of 1 tensors, got 2"),
+    "too many group sizes": (
+        {"group_sizes": [1, 2]},
+        "group_sizes: expected one for each of 1 tensors, got 2",
+    ),
     "dim out of range": ({"dims": [2]}, "dims[0]: expected a dimension of a 2-D tensor, got 2"),
     "negative dim": ({"dims": [-1]}, "dims[0]: expected a dimension of a 2-D tensor, got -1"),
     "bias by columns": (
@@ -24,7 +27,10 @@ IMPORTANCE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         "dims[0]: expected a dimension of a 1-D tensor, got 1",
     ),
     "3-D": ({"weights": [torch.ones(2, 2, 2)]}, "weights[0]: expected a 1-D or 2-D tensor, got shape"),
-    "group size does not divide": ({"group_sizes": [3]}, "expected a divisor of the 4 indices of dimension 0, got 3"),
+    "group size does not divide": (
+        {"group_sizes": [3]},
+        "expected a divisor of the 4 indices of dimension 0, got 3",
+    ),
     "group size 0": ({"group_sizes": [0]}, "group_sizes[0]: expected a divisor"),
     "units differ": (
         {"weights": [W, W], "grads": [W, W], "dims": [0, 1], "group_sizes": [1, 1]},
@@ -44,7 +50,10 @@ IMPORTANCE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
 
 GATHER_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "no tensors": ({"tensors": []}, "tensors: expected at least one tensor, got none"),
-    "keep is int32": ({"keep": torch.tensor([0], dtype=torch.int32)}, "keep: expected a 1-D int64 tensor, got"),
+    "keep is int32": (
+        {"keep": torch.tensor([0], dtype=torch.int32)},
+        "keep: expected a 1-D int64 tensor, got",
+    ),
     "keep is 2-D": ({"keep": torch.tensor([[0]])}, "keep: expected a 1-D int64 tensor, got"),
     "negative unit": ({"keep": torch.tensor([-1, 2])}, "keep[0] = -1: expected 0 <= unit < 4"),
     "unit too large": ({"keep": torch.tensor([0, 4])}, "keep[1] = 4: expected 0 <= unit < 4"),
@@ -115,7 +124,9 @@ def test_devices_must_agree() -> None:
 
 def test_float64_is_refused_by_native_backends(native_cpu: str) -> None:
     double = W.double()
-    with pytest.raises(ValueError, match=r"backend 'cpu' takes float32, float16 or bfloat16, got torch.float64"):
+    with pytest.raises(
+        ValueError, match=r"backend 'cpu' takes float32, float16 or bfloat16, got torch.float64"
+    ):
         unit_importance([double], [double], [0], [1], backend=native_cpu)
     with pytest.raises(ValueError, match=r"got torch.float64"):
         residual_similarity(double, double, backend=native_cpu)

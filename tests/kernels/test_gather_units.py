@@ -40,19 +40,25 @@ def assert_same(results: list[Tensor], tensors: list[Tensor], expected: list[Ten
         assert result.is_contiguous()
         assert result.dtype == tensor.dtype
         assert torch.equal(result, truth)
-        assert result.numel() == 0 or result.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+        assert (
+            result.numel() == 0 or result.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+        )
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", [1, 3, 64])
 @pytest.mark.parametrize("units", [1, 7, 33])
-def test_matches_indexing(native_cpu: str, backend: str, dtype: torch.dtype, group_size: int, units: int) -> None:
+def test_matches_indexing(
+    native_cpu: str, backend: str, dtype: torch.dtype, group_size: int, units: int
+) -> None:
     length = units * group_size
     tensors = [random_tensor(shape, dtype) for shape in ((length, 5), (3, length), (length,), (length, 33))]
     dims, group_sizes = [0, 1, 0, 0], [group_size] * 4
     for keep in keep_lists(units).values():
-        results = gather_units(tensors, dims, group_sizes, torch.tensor(keep, dtype=torch.int64), backend=backend)
+        results = gather_units(
+            tensors, dims, group_sizes, torch.tensor(keep, dtype=torch.int64), backend=backend
+        )
         index = [u * group_size + i for u in keep for i in range(group_size)]
         expected = [t[index] if d == 0 else t[:, index] for t, d in zip(tensors, dims, strict=True)]
         assert_same(results, tensors, expected)
@@ -72,7 +78,9 @@ def test_large_enough_for_threads(native_cpu: str, threads: None) -> None:
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         assert torch.equal(gather_units([tensor], [0], [1], rows, backend=native_cpu)[0], tensor[rows])
-        assert torch.equal(gather_units([tensor], [1], [1], columns, backend=native_cpu)[0], tensor[:, columns])
+        assert torch.equal(
+            gather_units([tensor], [1], [1], columns, backend=native_cpu)[0], tensor[:, columns]
+        )
 
 
 @pytest.mark.parametrize("shape", [(6, 0), (0, 6)])

@@ -55,7 +55,5 @@ def test_same_bits_for_any_instruction_set_and_any_garbage_in_memory() -> None:
     # MALLOC_PERTURB_ fills allocated memory, which the kernels' own scratch comes from
     environment = {**os.environ, "ADAPT_PRUNER_CPU_ISA": "baseline", "MALLOC_PERTURB_": "85"}
     command = [sys.executable, "-c", code, os.path.dirname(__file__)]
-    result = subprocess.run(
-        command, env=environment, check=True, capture_output=True, text=True, timeout=120
-    )
+    result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120)
     assert result.stdout.split() == ["baseline", digest_of_native_results()]

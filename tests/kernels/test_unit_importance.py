@@ -63,7 +63,9 @@ def test_values_by_hand() -> None:
     grad = torch.tensor([[1.0, 1.0], [-1.0, 2.0]])
     fisher = torch.tensor([[1.0, 0.0], [2.0, 1.0]])
 
-    def score(mode: str, dim: int, group_size: int, grads: list[Tensor], fishers: list[Tensor]) -> list[float]:
+    def score(
+        mode: str, dim: int, group_size: int, grads: list[Tensor], fishers: list[Tensor]
+    ) -> list[float]:
         return unit_importance([weight], grads, [dim], [group_size], fishers=fishers, mode=mode).tolist()
 
     assert score("first", 0, 1, [grad], []) == [3.0, 11.0]

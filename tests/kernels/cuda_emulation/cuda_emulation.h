@@ -34,7 +34,12 @@ struct dim3 {
 };
 
 typedef int cudaError_t;
-enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719
+};
 
 // Saves the callee-saved registers and the stack pointer, and continues where `load` was saved.
 extern "C" void cuda_emulation_switch(void** save, void* load);
@@ -96,7 +101,8 @@ inline void start_fibers() {
   machine.stacks.resize(threads * kStackBytes + 16);
   machine.exchanged.resize(threads);
   for (unsigned i = 0; i < threads; ++i) {
-    const uintptr_t top = reinterpret_cast<uintptr_t>(machine.stacks.data() + (i + 1) * kStackBytes) & ~uintptr_t(15);
+    const uintptr_t top =
+        reinterpret_cast<uintptr_t>(machine.stacks.data() + (i + 1) * kStackBytes) & ~uintptr_t(15);
     void** stack = reinterpret_cast<void**>(top);
     *--stack = nullptr;  // where the thread would return to; keeps the stack aligned at its entry
     *--stack = reinterpret_cast<void*>(&run_thread);
@@ -125,7 +131,8 @@ inline bool open_barriers() {
     const unsigned mask = fibers[i].warp_mask;
     unsigned arrived = 0;
     for (size_t k = first; k < first + kWarpSize && k < fibers.size(); ++k) {
-      if (fibers[k].state == State::kAtWarpBarrier && fibers[k].warp_mask == mask) arrived |= 1u << (k - first);
+      if (fibers[k].state == State::kAtWarpBarrier && fibers[k].warp_mask == mask)
+        arrived |= 1u << (k - first);
     }
     if (arrived != mask) continue;
     for (size_t k = first; k < first + kWarpSize; ++k) {

@@ -1,0 +1,161 @@
+"""Importance of units and layers against an independent re-computation in fp64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHAPE, VOCABULARY, make_model
+from torch.nn import functional
+
+from adapt_pruner import kernels
+from adapt_pruner.families import find_family, layer_widths
+from adapt_pruner.scoring import score
+
+HEAD_DIM, KV, HEADS = SHAPE["head_dim"], SHAPE["num_key_value_heads"], SHAPE["num_attention_heads"]
+BATCH = torch.randint(3, VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(1))
+
+
+def fp64_importance(model, batch):
+    """|w * dL/dw| summed by unit; the owner of query head q is KV head q // heads_per_group."""
+    model = model.double()
+    model.requires_grad_(True)
+    logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+    loss = functional.cross_entropy(logits.reshape(-1, VOCABULARY), batch[:, 1:].reshape(-1))
+    loss.backward()
+
+    def by_row(linear):
+        saliency = (linear.weight * linear.weight.grad).abs().sum(1)
+        if linear.bias is not None:
+            saliency = saliency + (linear.bias * linear.bias.grad).abs()
+        return saliency
+
+    def by_column(linear):
+        return (linear.weight * linear.weight.grad).abs().sum(0)
+
+    units = []
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        group = by_row(attention.k_proj).view(KV, HEAD_DIM).sum(1)
+        group += by_row(attention.v_proj).view(KV, HEAD_DIM).sum(1)
+        for per_query_row in (by_row(attention.q_proj), by_column(attention.o_proj)):
+            heads = per_query_row.view(HEADS, HEAD_DIM).sum(1)
+            for q in range(HEADS):
+                group[q // (HEADS // KV)] += heads[q]
+        channel = by_row(mlp.gate_proj) + by_row(mlp.up_proj) + by_column(mlp.down_proj)
+        units.append({"kv_group": group.detach().numpy(), "channel": channel.detach().numpy()})
+    return loss.item(), units
+
+
+def score_model(model, batch=BATCH, **options):
+    family = find_family(model.config.model_type)
+    return score(model, family, layer_widths(model.config.to_dict()), batch, **options)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_end_to_end_importance_equals_fp64(family):
+    scores = score_model(make_model(family), micro_batch_size=4)
+    loss, expected = fp64_importance(make_model(family), BATCH)
+    assert scores.loss == pytest.approx(loss, rel=1e-6)
+    for layer, reference in zip(scores.unit_importance, expected, strict=True):
+        for kind in ("kv_group", "channel"):
+            np.testing.assert_allclose(layer[kind], reference[kind], rtol=1e-5)
+
+
+def test_op_equals_fp64_given_the_same_weight_and_gradient():
+    model = make_model("qwen2")
+    model(input_ids=BATCH, labels=BATCH).loss.backward()
+    family = find_family("qwen2")
+    parameters = dict(model.named_parameters())
+    for i, widths in enumerate(layer_widths(model.config.to_dict())):
+        for kind in family.unit_kinds:
+            tensors = family.unit_tensors(kind, i, widths, parameters)
+            expected = 0
+            for t in tensors:
+                p = parameters[t.name]
+                saliency = (p.detach().double() * p.grad.double()).abs().movedim(t.dim, 0)
+                expected = expected + saliency.reshape(kind.count(widths), -1).sum(1)
+            members = [parameters[t.name] for t in tensors]
+            result = kernels.unit_importance(
+                [p.detach() for p in members],
+                [p.grad for p in members],
+                [t.dim for t in tensors],
+                [t.group_size for t in tensors],
+            )
+            torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_micro_batches_do_not_change_the_result():
+    whole = score_model(make_model("llama"), micro_batch_size=6)
+    parts = score_model(make_model("llama"), micro_batch_size=1)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
+    np.testing.assert_allclose(parts.layer_importance, whole.layer_importance, rtol=1e-5)
+    for a, b in zip(parts.unit_importance, whole.unit_importance, strict=True):
+        for kind in a:
+            np.testing.assert_allclose(a[kind], b[kind], rtol=1e-4)
+
+
+def test_bf16_gradients_of_micro_batches_add_up_in_fp32(monkeypatch):
+    seen = []
+    original = kernels.unit_importance
+
+    def spy(weights, grads, *rest, **more):
+        seen.append({g.dtype for g in grads})
+        return original(weights, grads, *rest, **more)
+
+    monkeypatch.setattr(kernels, "unit_importance", spy)
+    model = make_model("llama", dtype=torch.bfloat16)
+    accumulated = score_model(model, micro_batch_size=1)
+    assert set().union(*seen) == {torch.float32}
+    seen.clear()
+    score_model(model, micro_batch_size=6)
+    assert set().union(*seen) == {torch.bfloat16}
+    exact = score_model(make_model("llama", dtype=torch.bfloat16).float(), micro_batch_size=6)
+    for a, b in zip(accumulated.unit_importance, exact.unit_importance, strict=True):
+        np.testing.assert_allclose(a["channel"].sum(), b["channel"].sum(), rtol=0.02)
+
+
+def test_only_prunable_weights_get_a_gradient_and_the_model_is_left_as_it_was():
+    model = make_model("qwen2").train()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    touched = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p, name=name: touched.append(name))
+    score_model(model, micro_batch_size=6)
+    assert touched
+    assert all(".self_attn." in name or ".mlp." in name for name in touched)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+    assert not any(layer._forward_hooks for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "manhattan"])
+def test_layer_importance_equals_fp64(metric):
+    scores = score_model(make_model("llama"), micro_batch_size=4, metric=metric)
+    with torch.no_grad():
+        # The last of transformers' hidden states is behind the final norm: the layers' own outputs instead.
+        model, outputs = make_model("llama").double(), []
+        hooks = [m.register_forward_hook(lambda m, a, o: outputs.append(o)) for m in model.model.layers]
+        embedded = model.model.embed_tokens(BATCH)
+        model(input_ids=BATCH)
+        for hook in hooks:
+            hook.remove()
+    expected = []
+    for h_in, h_out in zip([embedded, *outputs[:-1]], outputs, strict=True):
+        if metric == "cosine":
+            expected.append(-functional.cosine_similarity(h_in, h_out, dim=-1).mean().item())
+        else:
+            order = 2 if metric == "euclidean" else 1
+            expected.append((h_out - h_in).norm(p=order, dim=-1).mean().item())
+    np.testing.assert_allclose(scores.layer_importance, expected, rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_an_error():
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match="calibration loss is nan"):
+        score_model(model, micro_batch_size=6)
