@@ -70,14 +70,15 @@ def normalize_importance(importance: Floats, how: Normalization = "max") -> Floa
         raise ValueError(f"normalize is {how!r}, expected one of {NORMALIZATIONS}")
     if not np.all(np.isfinite(importance)):
         raise ValueError(f"layer importance is not finite: {importance.tolist()}")
+    if np.all(importance == importance[0]):
+        return np.zeros(len(importance))  # their mean may be off by a rounding error, which would become 1
     if how == "rank":
         # Equal layers share the mean of the ranks they cover.
         importance = np.array([(importance < v).sum() + (importance == v).sum() / 2 for v in importance])
-    elif how == "zscore_clip" and importance.std() > 0:
+    elif how == "zscore_clip":
         importance = np.clip((importance - importance.mean()) / importance.std(), -2, 2)
     centred = importance - importance.mean()
-    largest = np.abs(centred).max()
-    return centred / largest if largest > 0 else np.zeros_like(centred)
+    return centred / np.abs(centred).max()
 
 
 def next_sparsity(

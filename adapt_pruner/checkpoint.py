@@ -104,6 +104,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     if (directory / INDEX_NAME).exists():
         index: dict[str, str] = _read_json(directory / INDEX_NAME).get("weight_map", {})
         shards = sorted(set(index.values()))
+        if not shards:
+            raise CheckpointError(f"{directory}: {INDEX_NAME} names no tensor")
     elif (directory / WEIGHTS_NAME).exists():
         index, shards = {}, [WEIGHTS_NAME]
     else:
@@ -159,12 +161,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the safetensors header is damaged: {error!r}") from error
     for name, info in tensors.items():
-        # An unknown dtype is refused by name later, in `open_checkpoint`.
-        if info.start < base or info.end - info.start != info.numel * DTYPE_BYTES.get(info.dtype, 0):
+        length = info.end - info.start
+        # Dtypes that are not in the table cannot be pruned anyway: `open_checkpoint` refuses them by name.
+        if info.start < base or length != info.numel * DTYPE_BYTES.get(info.dtype, length):
             raise CheckpointError(
-                f"{path}: tensor {name} of {info.dtype} {info.shape} has {end - start} bytes of data"
+                f"{path}: tensor {name} of {info.dtype} {info.shape} has {length} bytes of data"
             )
-        tensors[name] = info
     expected = max((t.end for t in tensors.values()), default=base)
     if expected != size:
         raise CheckpointError(f"{path}: truncated or damaged: {size} bytes, its header says {expected}")
@@ -206,11 +208,15 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file so that `path` holds either the old contents or all of the new."""
     temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -226,9 +232,10 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(0o755)
-        for file in partial.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
         if target.exists():
             target.rmdir()
         partial.rename(target)

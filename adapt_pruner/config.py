@@ -121,8 +121,8 @@ class EvaluateConfig:
 
     Args:
         model: model or run directory, built-in name or name on the hub.
-        data: text for perplexity: "default" (its held-out part), a .txt, .jsonl, .json, .csv or .parquet file,
-            or the name of a data set; "none" leaves perplexity out.
+        data: text for perplexity: "default" (its held-out part), a .txt, .jsonl, .json, .csv or .parquet
+            file, or the name of a data set; "none" leaves perplexity out.
         column: text column of the file or data set; "text" if not given.
         split: split of the data set.
         context: tokens per window.

@@ -19,9 +19,9 @@ FORMAT_VERSION = 1
 Indices = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PruningPlan:
-    """keep_indices of every layer and unit kind, numbered as in the base model.
+    """keep_indices of every layer and unit kind, numbered as in the base model; compare plans by `hash`.
 
     Attributes:
         base_model: the name the base model was given by.
@@ -85,6 +85,9 @@ class PruningPlan:
             zip(base, self.initial_units, self.keep_indices, strict=True)
         ):
             pruned = widths
+            kinds = sorted(kind.name for kind in family.unit_kinds)
+            if sorted(initial) != kinds:
+                raise ValueError(f"layer {layer}: the plan is for units {sorted(initial)}, expected {kinds}")
             for kind in family.unit_kinds:
                 if kind.count(widths) != initial[kind.name]:
                     raise ValueError(

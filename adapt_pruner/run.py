@@ -49,7 +49,10 @@ class RunDirectory:
         run = cls(Path(path))
         settings = dataclasses.asdict(config)
         saved = run.path / "config.yaml"
-        occupied = run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir()))
+        # A lock alone is a run that was killed before it began.
+        occupied = run.path.exists() and (
+            not run.path.is_dir() or any(file.name != ".lock" for file in run.path.iterdir())
+        )
         if occupied and not resume:
             hint = "; --resume goes on with the run in it" if saved.exists() else ""
             raise FileExistsError(f"output directory {run.path} is not empty{hint}")

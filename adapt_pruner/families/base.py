@@ -142,11 +142,17 @@ def layer_widths(config: Mapping[str, Any]) -> tuple[LayerWidths, ...]:
         ValueError: a width is missing or not a positive integer, or heads do not divide into groups.
     """
     overrides = {int(i): values for i, values in (config.get("per_layer_config") or {}).items()}
-    head_dim = config.get("head_dim") or _positive(config, "hidden_size") // _positive(
-        config, "num_attention_heads"
-    )
+    if config.get("head_dim") is not None:
+        head_dim = _positive(config, "head_dim")
+    else:
+        head_dim = _positive(config, "hidden_size") // _positive(config, "num_attention_heads")
+    layers = range(_positive(config, "num_hidden_layers"))
+    if not set(overrides) <= set(layers):
+        raise ValueError(
+            f"config.json: per_layer_config has layers {sorted(overrides)}, expected 0 to {len(layers) - 1}"
+        )
     widths = []
-    for i in range(_positive(config, "num_hidden_layers")):
+    for i in layers:
         layer = {**config, **overrides.get(i, {})}
         heads = _positive(layer, "num_attention_heads")
         kv_heads = _positive(layer, "num_key_value_heads") if layer.get("num_key_value_heads") else heads
@@ -158,7 +164,7 @@ def layer_widths(config: Mapping[str, Any]) -> tuple[LayerWidths, ...]:
 
 def _positive(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"config.json: {key} is {value!r}, expected a positive integer")
     return value
 

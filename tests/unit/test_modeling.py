@@ -138,7 +138,7 @@ def test_training_step_with_gradient_checkpointing(saved):
 
 
 def run_python(code: str, directory: Path) -> subprocess.CompletedProcess:
-    # -P and the foreign working directory keep this package out of reach; no terminal, or a prompt would wait.
+    # Without a terminal, or transformers would wait at its prompt for trust.
     return subprocess.run(
         [sys.executable, "-P", "-c", code],
         capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=directory, timeout=300,

@@ -1,0 +1,451 @@
+"""Checkpoints on disk: what is refused and why, and writes that happen completely or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+from safetensors.torch import load_file, save_file
+
+from adapt_pruner import checkpoint
+from adapt_pruner.checkpoint import (
+    CheckpointError,
+    atomic_directory,
+    config_hash,
+    copy_side_files,
+    open_checkpoint,
+    read_header,
+    require_free_space,
+    write_json,
+    write_text,
+)
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def model(tmp_path, tiny_models) -> Path:
+    """A model directory that a test may damage."""
+    shutil.copytree(tiny_models["llama"], tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    make_model("llama").save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    return tmp_path / "sharded"
+
+
+def edit_json(path: Path, change) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def write_safetensors(path: Path, header, data: bytes = b"") -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+# Reading
+
+
+def test_headers_are_those_of_the_model(tiny_models):
+    opened = open_checkpoint(tiny_models["llama"])
+    reference = make_model("llama")
+    expected = {name: tuple(p.shape) for name, p in reference.named_parameters()}
+    assert {name: info.shape for name, info in opened.tensors.items()} == expected
+    assert opened.num_parameters == sum(p.numel() for p in reference.parameters())
+    assert opened.num_bytes == 4 * opened.num_parameters
+    assert {info.dtype for info in opened.tensors.values()} == {"F32"}
+    assert opened.config["model_type"] == "llama"
+
+
+def test_byte_ranges_hold_the_tensors(tiny_models):
+    opened = open_checkpoint(str(tiny_models["qwen2"]))
+    for name, value in load_file(tiny_models["qwen2"] / WEIGHTS).items():
+        info = opened.tensors[name]
+        data = info.shard.read_bytes()[info.start : info.end]
+        assert data == value.numpy().tobytes(), name
+
+
+def test_shards_hold_the_same_model_as_one_file(sharded, tiny_models):
+    one, many = open_checkpoint(tiny_models["llama"]), open_checkpoint(sharded)
+    assert {n: (i.dtype, i.shape) for n, i in many.tensors.items()} == {
+        n: (i.dtype, i.shape) for n, i in one.tensors.items()
+    }
+    assert many.fingerprint() == one.fingerprint()
+
+
+def test_dtype_of_the_checkpoint(tmp_path):
+    make_model("mistral", dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    opened = open_checkpoint(tmp_path / "model")
+    assert {info.dtype for info in opened.tensors.values()} == {"BF16"}
+    assert opened.num_bytes == 2 * opened.num_parameters
+
+
+def test_a_tied_head_that_is_stored_twice_counts_once(model):
+    before = open_checkpoint(model)
+    assert before.config["tie_word_embeddings"]
+    tensors = load_file(model / WEIGHTS)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+    after = open_checkpoint(model)
+    assert after.num_parameters == before.num_parameters
+    assert after.fingerprint() == before.fingerprint()
+
+
+def test_an_untied_head_counts(tmp_path):
+    make_model("llama", tied=False).save_pretrained(tmp_path / "model")
+    opened = open_checkpoint(tmp_path / "model")
+    assert opened.tensors["lm_head.weight"].shape == (160, 48)
+    assert opened.num_parameters == sum(p.numel() for p in make_model("llama", tied=False).parameters())
+
+
+# Refusals
+
+
+def test_a_directory_without_config(model):
+    (model / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist; expected a Hugging Face model"):
+        open_checkpoint(model)
+    with pytest.raises(CheckpointError, match=r"nowhere/config\.json does not exist"):
+        open_checkpoint(model / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", r"config\.json is not valid JSON"),
+        (b"", r"config\.json is not valid JSON"),
+        (b"\xff\xfe\x00", r"config\.json is not valid JSON"),
+        (b"[1]", r"config\.json: expected a JSON object, found list"),
+    ],
+)
+def test_a_config_that_is_not_a_json_object(model, content, message):
+    (model / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(model)
+
+
+def test_a_quantised_model(model):
+    edit_json(
+        model / "config.json",
+        lambda c: c.update(quantization_config={"quant_method": "gptq", "bits": 4}),
+    )
+    with pytest.raises(CheckpointError, match=r"is quantised \(gptq\); pruning needs fp32, fp16 or bf16"):
+        open_checkpoint(model)
+
+
+def test_no_weights(model):
+    (model / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=f"expected {WEIGHTS} or {INDEX}, found neither$"):
+        open_checkpoint(model)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
+def test_only_pickled_weights_which_are_not_loaded(model, name):
+    (model / WEIGHTS).unlink()
+    (model / name).write_bytes(b"never read")
+    with pytest.raises(CheckpointError, match=f"found only pickled weights .*{name}.*never loaded"):
+        open_checkpoint(model)
+
+
+def test_missing_shards_are_named_and_counted(sharded):
+    shards = sorted(sharded.glob("*.safetensors"))
+    for shard in shards[:2]:
+        shard.unlink()
+    with pytest.raises(CheckpointError, match=f"2 of {len(shards)} shards in .* are missing") as caught:
+        open_checkpoint(sharded)
+    assert shards[0].name in str(caught.value)
+    assert shards[2].name not in str(caught.value)
+
+
+def test_an_index_that_names_an_absent_tensor(sharded):
+    shard = sorted(sharded.glob("*.safetensors"))[0].name
+    edit_json(sharded / INDEX, lambda i: i["weight_map"].update({"model.layers.9.weight": shard}))
+    with pytest.raises(CheckpointError, match=r"names tensors that no shard has: \['model\.layers\.9\.weight'"):
+        open_checkpoint(sharded)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}])
+def test_an_index_without_tensors(sharded, index):
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"{INDEX} names no tensor"):
+        open_checkpoint(sharded)
+
+
+@pytest.mark.parametrize("cut", [1, 1000, 40_000])
+def test_a_truncated_shard_names_both_sizes(sharded, cut):
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-cut])
+    with pytest.raises(
+        CheckpointError,
+        match=f"{shard.name}: truncated or damaged: {len(data) - cut} bytes, its header says {len(data)}",
+    ):
+        open_checkpoint(sharded)
+
+
+@pytest.mark.parametrize("size", [0, 5, 8, 100])
+def test_a_shard_cut_in_its_header(model, size):
+    (model / WEIGHTS).write_bytes((model / WEIGHTS).read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS}: not a safetensors file or truncated: .* in {size}$"):
+        open_checkpoint(model)
+
+
+def test_a_file_longer_than_its_header_says(model):
+    with (model / WEIGHTS).open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        open_checkpoint(model)
+
+
+def test_a_web_page_in_place_of_the_weights(model):
+    (model / WEIGHTS).write_text("<!DOCTYPE html><title>404 Not Found</title>")
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        open_checkpoint(model)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"not json, but long enough", "the safetensors header is not JSON"),
+        (b"\xff\xfe\xfd\xfc\xfb", "the safetensors header is not JSON"),
+        ([1, 2], "the safetensors header is damaged"),
+        ({"a": 1}, "the safetensors header is damaged"),
+        ({"a": {"dtype": "F32", "shape": [1]}}, "the safetensors header is damaged: KeyError"),
+        ({"a": {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]}}, "the safetensors header is damaged"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4]}}, "the safetensors header is damaged"),
+        (
+            {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
+            r"tensor a of F32 \(2,\) has 4 bytes of data",
+        ),
+        (
+            {"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}},
+            r"tensor a of F32 \(1,\) has 4 bytes of data",
+        ),
+    ],
+)
+def test_a_damaged_header(tmp_path, header, message):
+    path = tmp_path / WEIGHTS
+    write_safetensors(path, header, b"\0" * 4)
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: {message}"):
+        read_header(path)
+
+
+def test_a_file_without_tensors_has_none(tmp_path):
+    write_safetensors(tmp_path / WEIGHTS, {"__metadata__": {"format": "pt"}})
+    assert read_header(tmp_path / WEIGHTS) == {}
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("I8", 1), ("U8", 1), ("I64", 8), ("F8_E4M3", 1), ("F4", 1)])
+def test_weights_that_are_not_plain_floats(model, dtype, size):
+    header = {"model.odd.weight": {"dtype": dtype, "shape": [3], "data_offsets": [0, 3 * size]}}
+    write_safetensors(model / WEIGHTS, header, b"\0" * (3 * size))
+    with pytest.raises(CheckpointError, match=rf"tensor model\.odd\.weight has dtype {dtype}, expected one of"):
+        open_checkpoint(model)
+
+
+def test_errors_are_value_errors():
+    assert issubclass(CheckpointError, ValueError)
+
+
+# Fingerprint and config hash
+
+
+def test_a_copy_has_the_same_fingerprint(model, tiny_models):
+    assert open_checkpoint(model).fingerprint() == open_checkpoint(tiny_models["llama"]).fingerprint()
+
+
+@pytest.mark.parametrize("position", ["start", "end"])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.2.mlp.down_proj.weight"])
+def test_a_changed_weight_changes_the_fingerprint(model, name, position):
+    before = open_checkpoint(model)
+    info = before.tensors[name]
+    data = bytearray((model / WEIGHTS).read_bytes())
+    data[info.start if position == "start" else info.end - 1] ^= 1
+    fingerprint = before.fingerprint()
+    (model / WEIGHTS).write_bytes(data)
+    assert open_checkpoint(model).fingerprint() != fingerprint
+
+
+def test_name_shape_and_dtype_are_part_of_the_fingerprint(tmp_path):
+    seen = set()
+    for i, header in enumerate(
+        (
+            {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}},
+            {"b": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}},
+            {"a": {"dtype": "F32", "shape": [3, 2], "data_offsets": [0, 24]}},
+            {"a": {"dtype": "F16", "shape": [2, 6], "data_offsets": [0, 24]}},
+        )
+    ):
+        directory = tmp_path / str(i)
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+        write_safetensors(directory / WEIGHTS, header, b"\0" * 24)
+        seen.add(open_checkpoint(directory).fingerprint())
+    assert len(seen) == 4
+
+
+def test_the_config_hash_ignores_what_differs_between_copies():
+    config = {"model_type": "llama", "hidden_size": 48}
+    volatile = {"transformers_version": "5", "_name_or_path": "x", "dtype": "float32", "torch_dtype": "float16"}
+    assert config_hash(config) == config_hash(config | volatile)
+    assert config_hash(config) == config_hash(dict(reversed(config.items())))
+    assert config_hash(config) != config_hash(config | {"hidden_size": 49})
+
+
+# Writing
+
+
+def test_a_directory_appears_when_it_is_complete(tmp_path):
+    target = tmp_path / "deep" / "model"
+    with atomic_directory(target) as partial:
+        (partial / "a.txt").write_text("a")
+        (partial / "folder").mkdir()
+        (partial / "folder" / "b.txt").write_text("b")
+        assert not target.exists()
+        assert partial.parent == target.parent  # the same file system, or the rename would be a copy
+    assert (target / "a.txt").read_text() == "a"
+    assert (target / "folder" / "b.txt").read_text() == "b"
+    assert list(target.parent.iterdir()) == [target]
+    assert target.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+def test_nothing_is_left_of_a_directory_that_failed(tmp_path, error):
+    def fail() -> None:
+        with atomic_directory(tmp_path / "model") as partial:
+            (partial / "a.txt").write_text("a")
+            raise error("on the way")
+
+    with pytest.raises(error, match="on the way"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_target_is_replaced(tmp_path):
+    (tmp_path / "model").mkdir()
+    with atomic_directory(tmp_path / "model") as partial:
+        (partial / "a.txt").write_text("a")
+    assert (tmp_path / "model" / "a.txt").read_text() == "a"
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_a_target_in_use_is_refused_and_untouched(tmp_path, kind):
+    target = tmp_path / "model"
+    precious = target
+    if kind == "directory":
+        target.mkdir()
+        precious = target / "thesis.txt"
+    precious.write_text("precious")
+
+    def write() -> None:
+        with atomic_directory(target):
+            pytest.fail("the block ran")
+
+    with pytest.raises(FileExistsError, match="exists and is not an empty directory; nothing was written"):
+        write()
+    assert precious.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_target_that_fills_up_meanwhile_is_not_overwritten(tmp_path):
+    target = tmp_path / "model"
+
+    def write() -> None:
+        with atomic_directory(target) as partial:
+            (partial / "a.txt").write_text("a")
+            target.mkdir()
+            (target / "thesis.txt").write_text("precious")
+
+    with pytest.raises(OSError, match="not empty"):
+        write()
+    assert [file.name for file in target.iterdir()] == ["thesis.txt"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_text_is_replaced_whole(tmp_path):
+    path = tmp_path / "notes.txt"
+    for text in ("first, and longer", "second", "naïve ↦ ü"):
+        write_text(path, text)
+        assert path.read_text(encoding="utf-8") == text
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_keeps_the_old_text(tmp_path, monkeypatch):
+    path = tmp_path / "notes.txt"
+    write_text(path, "old")
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_reader_sees_the_old_text_until_the_new_is_on_disk(tmp_path, monkeypatch):
+    path = tmp_path / "notes.txt"
+    write_text(path, "old")
+    seen = []
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda descriptor: seen.append(path.read_text()))
+    write_text(path, "new")
+    assert seen == ["old"]
+
+
+def test_json_ends_with_a_newline_and_comes_back(tmp_path):
+    value = {"a": [1, 0.1 + 0.2, None], "b": "ü"}
+    write_json(tmp_path / "value.json", value)
+    assert (tmp_path / "value.json").read_text().endswith("}\n")
+    assert json.loads((tmp_path / "value.json").read_text()) == value
+
+
+def test_too_little_space_names_what_is_needed_and_free(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    needed = 2 * free + 10**12
+    with pytest.raises(OSError, match="not enough disk space") as caught:
+        require_free_space(tmp_path / "not" / "yet" / "there", needed)
+    assert caught.value.errno == errno.ENOSPC
+    assert f"{needed:,} bytes needed" in str(caught.value)
+    assert " free" in str(caught.value)
+
+
+def test_the_free_space_is_that_of_the_target(tmp_path, monkeypatch):
+    asked = []
+
+    def usage(path):
+        asked.append(Path(path))
+        return shutil._ntuple_diskusage(100, 40, 60)
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", usage)
+    require_free_space(tmp_path / "new" / "model", 60)
+    with pytest.raises(OSError, match="61 bytes needed, 60 free"):
+        require_free_space(tmp_path / "new" / "model", 61)
+    assert asked == [tmp_path, tmp_path]
+
+
+def test_side_files_are_copied_but_never_overwritten(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    copied = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt", "vocab.json"]
+    copied += ["spiece.model", "chat_template.jinja", "generation_config.json"]
+    for name in [*copied, "config.json", "README.md", WEIGHTS, "pytorch_model.bin", "training_args.bin"]:
+        (source / name).write_text(f"source {name}")
+    (target / "generation_config.json").write_text("own")
+    copy_side_files(source, target)
+    assert {file.name for file in target.iterdir()} == set(copied)
+    assert (target / "generation_config.json").read_text() == "own"
+    assert (target / "merges.txt").read_text() == "source merges.txt"

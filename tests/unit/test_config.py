@@ -1,0 +1,121 @@
+"""Settings: what is refused and with which message."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+import pytest
+
+from adapt_pruner.config import ApplyConfig, EvaluateConfig, InspectConfig, PruneConfig, parse_target
+
+
+def prune_config(**changes) -> PruneConfig:
+    return PruneConfig(**({"model": "m", "target": 0.8, "output": "o"} | changes))
+
+
+@pytest.mark.parametrize(
+    ("target", "value"),
+    [
+        ("0.8", 0.8),
+        (0.8, 0.8),
+        (" 0.25 ", 0.25),
+        (1, 1.0),
+        ("1", 1.0),
+        ("1.0", 1.0),
+        ("108M", 108_000_000),
+        ("108m", 108_000_000),
+        ("0.5K", 500),
+        ("1.2B", 1_200_000_000),
+        ("1.2 B", 1_200_000_000),
+        ("500_000", 500_000),
+        ("500,000", 500_000),
+        (500_000, 500_000),
+        ("1e6", 1_000_000),
+        (2, 2),
+    ],
+)
+def test_targets(target, value):
+    parsed = parse_target(target)
+    assert parsed == value
+    # A float is a fraction, an int is a count: 1 is the whole model, not one parameter.
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    "target", ["abc", "", "M", 0, "0", -1, "-0.5", math.nan, "nan", math.inf, "0M", "-3M", "80%", "1.2.3", None]
+)
+def test_what_is_no_target_is_refused(target):
+    expected = re.escape(repr(target)) + r", expected a fraction in \(0, 1\] or a count of parameters"
+    with pytest.raises(ValueError, match=f"target is {expected}"):
+        parse_target(target)
+    with pytest.raises(ValueError, match=f"target is {expected}"):
+        prune_config(target=target)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("iterations", 0, "at least 1"),
+        ("iterations", -5, "at least 1"),
+        ("num_sequences", 0, "at least 1"),
+        ("micro_batch_size", 0, "at least 1"),
+        ("sequence_length", 1, "at least 2"),
+        ("seed", -1, "at least 0"),
+        ("amplitude", -0.01, "finite, at least 0"),
+        ("amplitude", math.inf, "finite, at least 0"),
+        ("amplitude", math.nan, "finite, at least 0"),
+        ("target_of", "embedding", "one of .*'non-embedding'"),
+        ("layer_metric", "dot", "one of .*'euclidean'"),
+        ("normalize", "mean", "one of .*'zscore_clip'"),
+        ("dtype", "int8", "one of .*'bf16'"),
+        ("backend", "metal", "one of .*'triton'"),
+    ],
+)
+def test_prune_settings_out_of_range_are_refused(name, value, expected):
+    with pytest.raises(ValueError, match=f"^{name} is {value!r}, expected {expected}"):
+        prune_config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("batch_size", 0, "at least 1"),
+        ("context", 1, "at least 2"),
+        ("stride", 0, "at least 1, or not given"),
+        ("max_tokens", 1, "at least 2, or not given"),
+        ("limit", 0, "at least 1, or not given"),
+        ("dtype", "fp8", "one of .*'fp16'"),
+    ],
+)
+def test_evaluate_settings_out_of_range_are_refused(name, value, expected):
+    with pytest.raises(ValueError, match=f"^{name} is {value!r}, expected {expected}"):
+        EvaluateConfig("m", **{name: value})
+
+
+def test_inspect_settings_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="^context is 0, expected at least 1"):
+        InspectConfig("m", context=0)
+
+
+def test_the_smallest_settings_are_accepted():
+    prune_config(
+        iterations=1, num_sequences=1, micro_batch_size=1, sequence_length=2, seed=0, amplitude=0.0, target=1
+    )
+    EvaluateConfig("m", batch_size=1, context=2, stride=1, max_tokens=2, limit=1)
+    InspectConfig("m", context=1)
+
+
+@pytest.mark.parametrize("config", [PruneConfig, ApplyConfig, EvaluateConfig, InspectConfig])
+def test_settings_cannot_be_changed_afterwards(config):
+    required = [f.name for f in dataclasses.fields(config) if f.default is dataclasses.MISSING]
+    made = config(**{name: 0.5 if name == "target" else "x" for name in required})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.model = "other"
+
+
+def test_defaults_of_prune_are_those_of_the_paper():
+    config = prune_config()
+    assert (config.iterations, config.amplitude, config.layer_metric) == (50, 0.02, "cosine")
+    assert (config.num_sequences, config.sequence_length, config.micro_batch_size) == (512, 64, 16)
