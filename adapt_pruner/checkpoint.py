@@ -163,7 +163,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     for name, info in tensors.items():
         length = info.end - info.start
         # Dtypes that are not in the table cannot be pruned anyway: `open_checkpoint` refuses them by name.
-        if info.start < base or length != info.numel * DTYPE_BYTES.get(info.dtype, length):
+        expected = info.numel * DTYPE_BYTES[info.dtype] if info.dtype in DTYPE_BYTES else length
+        if info.start < base or length != expected:
             raise CheckpointError(
                 f"{path}: tensor {name} of {info.dtype} {info.shape} has {length} bytes of data"
             )

@@ -49,9 +49,10 @@ class RunDirectory:
         run = cls(Path(path))
         settings = dataclasses.asdict(config)
         saved = run.path / "config.yaml"
-        # A lock alone is a run that was killed before it began.
+        # A lock or a half-written file alone is a run that was killed before it began.
         occupied = run.path.exists() and (
-            not run.path.is_dir() or any(file.name != ".lock" for file in run.path.iterdir())
+            not run.path.is_dir()
+            or any(file.name != ".lock" and not _is_partial(file) for file in run.path.iterdir())
         )
         if occupied and not resume:
             hint = "; --resume goes on with the run in it" if saved.exists() else ""
@@ -62,6 +63,8 @@ class RunDirectory:
             run._require_same_settings(yaml.safe_load(saved.read_text(encoding="utf-8")), settings)
         run.path.mkdir(parents=True, exist_ok=True)
         run._acquire()
+        for leftover in filter(_is_partial, run.path.iterdir()):  # its writer is dead, or held the lock
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         # The config comes first: from then on a run that was killed can be resumed.
         if not occupied:
             write_text(saved, yaml.safe_dump(settings, sort_keys=False))
@@ -127,6 +130,11 @@ class RunDirectory:
     def finish(self) -> None:
         """Removes what only a resume needs."""
         shutil.rmtree(self.path / "state", ignore_errors=True)
+
+
+def _is_partial(path: Path) -> bool:
+    """Whether this is what a killed process left of an atomic write."""
+    return path.name.startswith(".") and ".partial" in path.name
 
 
 def environment() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import VOCABULARY, make_model
 from safetensors.torch import load_file, save_file
 
 from adapt_pruner import checkpoint
@@ -94,19 +94,20 @@ def test_dtype_of_the_checkpoint(tmp_path):
 
 def test_a_tied_head_that_is_stored_twice_counts_once(model):
     before = open_checkpoint(model)
+    fingerprint = before.fingerprint()
     assert before.config["tie_word_embeddings"]
     tensors = load_file(model / WEIGHTS)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
     after = open_checkpoint(model)
     assert after.num_parameters == before.num_parameters
-    assert after.fingerprint() == before.fingerprint()
+    assert after.fingerprint() == fingerprint
 
 
 def test_an_untied_head_counts(tmp_path):
     make_model("llama", tied=False).save_pretrained(tmp_path / "model")
     opened = open_checkpoint(tmp_path / "model")
-    assert opened.tensors["lm_head.weight"].shape == (160, 48)
+    assert opened.tensors["lm_head.weight"].shape == (VOCABULARY, 48)
     assert opened.num_parameters == sum(p.numel() for p in make_model("llama", tied=False).parameters())
 
 

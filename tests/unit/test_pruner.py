@@ -215,9 +215,13 @@ KILLED = """
 import os, signal, sys
 from dataclasses import replace
 import yaml
-from adapt_pruner.config import PruneConfig
 from adapt_pruner import pruner
+from adapt_pruner.config import PruneConfig
+from adapt_pruner.modeling import register
 from adapt_pruner.run import RunDirectory
+
+register()  # imports the model classes once, for all children
+import matplotlib.backends.backend_agg, matplotlib.figure
 
 DYING = {
     "iteration": (RunDirectory, "save_iteration"),
