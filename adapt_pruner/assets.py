@@ -153,7 +153,8 @@ def resolve_model(name_or_path: str | os.PathLike[str], *, revision: str | None 
     """The local directory of a model: an existing directory, a known asset, or a model of the hub.
 
     Args:
-        name_or_path: a directory, a key of `MODELS`, or a hub id such as "organisation/name".
+        name_or_path: a model directory or the run directory of a finished run, a key of `MODELS`, or a hub
+            id such as "organisation/name".
         revision: branch, tag or commit; only for hub ids.
     Returns:
         a directory with `config.json`, safetensors weights and tokenizer files.
@@ -164,9 +165,12 @@ def resolve_model(name_or_path: str | os.PathLike[str], *, revision: str | None 
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{name!r} is a directory without config.json, so not a saved model")
-        return path
+        for directory in (path, path / "model"):
+            if (directory / "config.json").is_file():
+                return directory
+        if (path / "config.yaml").is_file():
+            raise ValueError(f"{name!r} is a run directory without model/: the run is not finished")
+        raise ValueError(f"{name!r} is a directory without config.json, so not a saved model")
     if path.exists():
         raise ValueError(f"{name!r} is a file; expected the directory of a saved model")
     if name in MODELS:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
 from docstring_parser import parse
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser, Namespace
 from rich.console import Console
 
 from adapt_pruner import __version__
@@ -18,6 +18,11 @@ from adapt_pruner.assets import AssetError, resolve_model
 from adapt_pruner.config import ApplyConfig, EvaluateConfig, InspectConfig, PruneConfig
 from adapt_pruner.kernels import BackendUnavailable
 from adapt_pruner.report import console as show
+
+
+class _WrongUsage(Exception):
+    """Arguments that the parser accepts one by one, but that are not enough for the command."""
+
 
 Shown = tuple[dict[str, Any], Callable[[Console], None]]
 
@@ -38,7 +43,7 @@ def build_parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(dest="command")
     for name, (config, positional, help_text) in _COMMANDS.items():
-        command = ArgumentParser(description=(config.__doc__ or "").split("\n")[0] if config else help_text)
+        command = ArgumentParser(description=help_text)
         if config is not None:
             _add_config(command, config, positional)
         elif name == "demo":
@@ -61,9 +66,10 @@ def _add_config(command: ArgumentParser, config: type, positional: tuple[str, ..
         if field.default is not dataclasses.MISSING:
             options["default"] = field.default
         if field.name in positional:
-            command.add_argument(field.name, type=str, nargs="?", **options)
+            # Suppressed, or an absent positional would overwrite the value from the settings file with None.
+            command.add_argument(field.name, type=str, nargs="?", **options, default=SUPPRESS)
         elif types[field.name] is bool:
-            command.add_argument(_flag(field.name), action="store_true", help=described[field.name])
+            command.add_argument(_flag(field.name), action="store_true", **options)
         else:
             required = field.default is dataclasses.MISSING
             command.add_argument(_flag(field.name), type=types[field.name], required=required, **options)
@@ -83,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("adapt-pruner: interrupted; --resume goes on with an unfinished run", file=sys.stderr)
         return 130
+    except _WrongUsage as error:
+        print(f"adapt-pruner: error: {error}; see adapt-pruner {parsed.command} --help", file=sys.stderr)
+        return 2
     except (ValueError, OSError, AssetError, BackendUnavailable) as error:
         if arguments.debug:
             raise
@@ -101,10 +110,10 @@ def _print_warning(message: Any, *details: Any, **more: Any) -> None:
 
 def _config(kind: type, arguments: Namespace) -> Any:
     """The config dataclass from the parsed arguments."""
-    values = {field.name: arguments[field.name] for field in dataclasses.fields(kind)}
+    values = {field.name: arguments.get(field.name) for field in dataclasses.fields(kind)}
     missing = [name for name, value in values.items() if value is None and _is_required(kind, name)]
-    if missing:
-        raise ValueError(f"missing argument: {' '.join(missing).upper()}")
+    if missing:  # positional, but optional to the parser because a settings file may give them
+        raise _WrongUsage(f"missing argument: {' '.join(missing).upper()}")
     return kind(**values)
 
 
@@ -122,9 +131,10 @@ def _quieten_transformers() -> None:
 def _prune(arguments: Namespace) -> Shown:
     from adapt_pruner.pruner import prune
 
+    config = _config(PruneConfig, arguments)
     _quieten_transformers()
     with show.PruningBar() as bar:
-        pruned = prune(_config(PruneConfig, arguments), on_iteration=bar.update)
+        pruned = prune(config, on_iteration=bar.update)
     result = {"run_directory": str(pruned.run_directory), "plan_hash": pruned.plan.hash, **pruned.metrics}
     return result, lambda console: show.show_pruned(console, result)
 

@@ -129,6 +129,7 @@ class EvaluateConfig:
         stride: tokens from one window to the next; smaller than the context slides the window. Windows do not
             overlap if it is not given.
         max_tokens: use only the first tokens of the text.
+        prefix_bos: put the tokenizer's BOS in front of every window; Gemma needs it.
         tasks: multiple-choice benchmarks, separated by commas; "commonsense" stands for the seven
             commonsense tasks.
         limit: items per task, from its start.
@@ -145,6 +146,7 @@ class EvaluateConfig:
     context: int = 1024
     stride: int | None = None
     max_tokens: int | None = None
+    prefix_bos: bool = False
     tasks: str = ""
     limit: int | None = None
     batch_size: int = 8

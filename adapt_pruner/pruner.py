@@ -83,12 +83,14 @@ def prune(config: PruneConfig, *, on_iteration: OnIteration | None = None) -> Pr
     family = find_family(checkpoint.config.get("model_type"))
     budget, embeddings = _header_budget(checkpoint, family)
     target = resolve_target(config, budget, embeddings)
-    run = RunDirectory.open(config.output, config, resume=config.resume)
+    output = Path(config.output)
+    RunDirectory(output).check(config, resume=config.resume)
+    if RunDirectory(output).complete:
+        return _result(RunDirectory(output))
+    require_free_space(output, _saved_bytes(config, checkpoint, target))
+    tokens = _calibration_tokens(config, checkpoint)
+    run = RunDirectory.open(output, config, resume=config.resume)
     try:
-        if run.complete:
-            return _result(run)
-        require_free_space(run.path, _saved_bytes(config, checkpoint, target))
-        tokens = _calibration_tokens(config, checkpoint)
         _prune(config, run, checkpoint, tokens, budget, embeddings, target, on_iteration, started)
         return _result(run)
     finally:

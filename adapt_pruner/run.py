@@ -47,30 +47,35 @@ class RunDirectory:
             BlockingIOError: another process is writing to it.
         """
         run = cls(Path(path))
-        settings = dataclasses.asdict(config)
-        saved = run.path / "config.yaml"
-        # A lock or a half-written file alone is a run that was killed before it began.
-        occupied = run.path.exists() and (
-            not run.path.is_dir()
-            or any(file.name != ".lock" and not _is_partial(file) for file in run.path.iterdir())
-        )
-        if occupied and not resume:
-            hint = "; --resume goes on with the run in it" if saved.exists() else ""
-            raise FileExistsError(f"output directory {run.path} is not empty{hint}")
-        if occupied and not saved.exists():
-            raise ValueError(f"{run.path} is not a run directory: it has no config.yaml to resume from")
-        if occupied:
-            run._require_same_settings(yaml.safe_load(saved.read_text(encoding="utf-8")), settings)
+        run.check(config, resume=resume)
         run.path.mkdir(parents=True, exist_ok=True)
         run._acquire()
         for leftover in filter(_is_partial, run.path.iterdir()):  # its writer is dead, or held the lock
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         # The config comes first: from then on a run that was killed can be resumed.
-        if not occupied:
-            write_text(saved, yaml.safe_dump(settings, sort_keys=False))
+        saved = run.path / "config.yaml"
+        if not saved.exists():
+            write_text(saved, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
         if not (run.path / "environment.json").exists():
             write_json(run.path / "environment.json", environment())
         return run
+
+    def check(self, config: Any, *, resume: bool) -> None:
+        """Raises what `open` raises, apart from the lock, and writes nothing."""
+        saved = self.path / "config.yaml"
+        # A lock or a half-written file alone is a run that was killed before it began.
+        occupied = self.path.exists() and (
+            not self.path.is_dir()
+            or any(file.name != ".lock" and not _is_partial(file) for file in self.path.iterdir())
+        )
+        if occupied and not resume:
+            hint = "; --resume goes on with the run in it" if saved.exists() else ""
+            raise FileExistsError(f"output directory {self.path} is not empty{hint}")
+        if occupied and not saved.exists():
+            raise ValueError(f"{self.path} is not a run directory: it has no config.yaml to resume from")
+        if occupied:
+            settings = yaml.safe_load(saved.read_text(encoding="utf-8"))
+            self._require_same_settings(settings, dataclasses.asdict(config))
 
     def _require_same_settings(self, saved: Any, settings: dict[str, Any]) -> None:
         if not isinstance(saved, dict):

@@ -59,6 +59,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
             stride=config.stride,
             max_tokens=config.max_tokens,
             batch_size=config.batch_size,
+            prefix_bos=config.prefix_bos,
         )
     multiple_choice = None
     if tasks:

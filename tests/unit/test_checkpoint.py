@@ -173,7 +173,9 @@ def test_missing_shards_are_named_and_counted(sharded):
 def test_an_index_that_names_an_absent_tensor(sharded):
     shard = sorted(sharded.glob("*.safetensors"))[0].name
     edit_json(sharded / INDEX, lambda i: i["weight_map"].update({"model.layers.9.weight": shard}))
-    with pytest.raises(CheckpointError, match=r"names tensors that no shard has: \['model\.layers\.9\.weight'"):
+    with pytest.raises(
+        CheckpointError, match=r"names tensors that no shard has: \['model\.layers\.9\.weight'"
+    ):
         open_checkpoint(sharded)
 
 
@@ -199,7 +201,9 @@ def test_a_truncated_shard_names_both_sizes(sharded, cut):
 @pytest.mark.parametrize("size", [0, 5, 8, 100])
 def test_a_shard_cut_in_its_header(model, size):
     (model / WEIGHTS).write_bytes((model / WEIGHTS).read_bytes()[:size])
-    with pytest.raises(CheckpointError, match=rf"{WEIGHTS}: not a safetensors file or truncated: .* in {size}$"):
+    with pytest.raises(
+        CheckpointError, match=rf"{WEIGHTS}: not a safetensors file or truncated: .* in {size}$"
+    ):
         open_checkpoint(model)
 
 
@@ -252,7 +256,9 @@ def test_a_file_without_tensors_has_none(tmp_path):
 def test_weights_that_are_not_plain_floats(model, dtype, size):
     header = {"model.odd.weight": {"dtype": dtype, "shape": [3], "data_offsets": [0, 3 * size]}}
     write_safetensors(model / WEIGHTS, header, b"\0" * (3 * size))
-    with pytest.raises(CheckpointError, match=rf"tensor model\.odd\.weight has dtype {dtype}, expected one of"):
+    with pytest.raises(
+        CheckpointError, match=rf"tensor model\.odd\.weight has dtype {dtype}, expected one of"
+    ):
         open_checkpoint(model)
 
 
@@ -299,7 +305,12 @@ def test_name_shape_and_dtype_are_part_of_the_fingerprint(tmp_path):
 
 def test_the_config_hash_ignores_what_differs_between_copies():
     config = {"model_type": "llama", "hidden_size": 48}
-    volatile = {"transformers_version": "5", "_name_or_path": "x", "dtype": "float32", "torch_dtype": "float16"}
+    volatile = {
+        "transformers_version": "5",
+        "_name_or_path": "x",
+        "dtype": "float32",
+        "torch_dtype": "float16",
+    }
     assert config_hash(config) == config_hash(config | volatile)
     assert config_hash(config) == config_hash(dict(reversed(config.items())))
     assert config_hash(config) != config_hash(config | {"hidden_size": 49})
@@ -441,7 +452,13 @@ def test_side_files_are_copied_but_never_overwritten(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     target.mkdir()
-    copied = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt", "vocab.json"]
+    copied = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "merges.txt",
+        "vocab.json",
+    ]
     copied += ["spiece.model", "chat_template.jinja", "generation_config.json"]
     for name in [*copied, "config.json", "README.md", WEIGHTS, "pytorch_model.bin", "training_args.bin"]:
         (source / name).write_text(f"source {name}")

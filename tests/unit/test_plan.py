@@ -126,7 +126,9 @@ def test_everything_in_the_plan_changes_the_hash(change):
 def test_a_changed_plan_is_refused_and_both_hashes_are_named():
     payload = json.loads(make_plan().to_json())
     payload["layers"][1]["channel"]["keep_runs"] = [[7, 1]]
-    with pytest.raises(ValueError, match=f"changed or damaged: hash is [0-9a-f]{{64}}, .* {make_plan().hash}"):
+    with pytest.raises(
+        ValueError, match=f"changed or damaged: hash is [0-9a-f]{{64}}, .* {make_plan().hash}"
+    ):
         PruningPlan.from_json(json.dumps(payload))
 
 
@@ -216,7 +218,9 @@ def test_layers_and_kinds_must_match():
     plan = make_plan()
     with pytest.raises(ValueError, match="plan has 2 layers of units but 1 of indices"):
         make_plan(keep_indices=plan.keep_indices[:1])
-    with pytest.raises(ValueError, match=r"layer 1: unit kinds \['channel'\], expected \['channel', 'kv_group'"):
+    with pytest.raises(
+        ValueError, match=r"layer 1: unit kinds \['channel'\], expected \['channel', 'kv_group'"
+    ):
         make_plan(keep_indices=(plan.keep_indices[0], {"channel": np.array([8])}))
 
 
@@ -254,7 +258,9 @@ def test_widths_need_every_unit_kind_of_the_family():
         initial_units=tuple({"channel": layer["channel"]} for layer in plan.initial_units),
         keep_indices=tuple({"channel": layer["channel"]} for layer in plan.keep_indices),
     )
-    with pytest.raises(ValueError, match=r"layer 0: the plan is for units \['channel'\], expected .*kv_group"):
+    with pytest.raises(
+        ValueError, match=r"layer 0: the plan is for units \['channel'\], expected .*kv_group"
+    ):
         channels.widths(find_family("llama"), BASE)
 
 
