@@ -307,7 +307,7 @@ def test_values_that_make_no_sense(command, tiny_models, tmp_path, settings, mes
 
 
 def test_debug_shows_where_an_error_comes_from(tmp_path):
-    with pytest.raises(ValueError, match="without config.json"):
+    with pytest.raises(ValueError, match=r"without config\.json"):
         cli.main(["inspect", str(tmp_path), "--debug"])
 
 

@@ -96,7 +96,7 @@ def test_evaluate_settings_out_of_range_are_refused(name, value, expected):
 
 
 def test_inspect_settings_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="^context is 0, expected at least 1"):
+    with pytest.raises(ValueError, match=r"^context is 0, expected at least 1"):
         InspectConfig("m", context=0)
 
 

@@ -33,8 +33,14 @@ def shapes_of(model) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize(
     ("model_type", "name"),
-    [("llama", "llama"), ("mistral", "llama"), ("adapt_llama", "llama"), ("adapt_mistral", "llama")]
-    + [("qwen2", "qwen2"), ("adapt_qwen2", "qwen2")],
+    [
+        ("llama", "llama"),
+        ("mistral", "llama"),
+        ("adapt_llama", "llama"),
+        ("adapt_mistral", "llama"),
+        ("qwen2", "qwen2"),
+        ("adapt_qwen2", "qwen2"),
+    ],
 )
 def test_a_family_is_found_by_its_model_type(model_type, name):
     assert find_family(model_type).name == name

@@ -68,7 +68,7 @@ def test_flops_are_those_of_decoding_one_token(directory, context):
     # else: no norms, activations or bias additions, which the summary leaves out as well. With eager
     # attention the one new token at the end of `context` tokens attends to all of them (itself included), so
     # both attention products are counted in full. The one product that belongs to no weight and no attention,
-    # positions times rotary frequencies, is taken off (some versions of transformers form it element by element).
+    # positions times rotary frequencies, is taken off where transformers forms it as a matrix product.
     model = load_model(directory)
     model.set_attn_implementation("eager")
     ids = torch.arange(context)[None] % VOCABULARY
@@ -177,7 +177,7 @@ def test_a_base_with_other_layers_is_refused(tiny_models, tmp_path):
         num_key_value_heads=1,
     )
     MistralForCausalLM(small).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has 4 layers, .* has 2: expected a model pruned from it"):
+    with pytest.raises(ValueError, match=r"has 4 layers, .* has 2: expected a model pruned from it"):
         inspect_model(InspectConfig(str(tiny_models["mistral"]), base=str(tmp_path)))
 
 

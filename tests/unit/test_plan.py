@@ -246,9 +246,9 @@ def test_widths_of_another_model_are_refused():
     plan, family = make_plan(), find_family("llama")
     with pytest.raises(ValueError, match="the plan has 2 layers, the model 3"):
         plan.widths(family, (*BASE, BASE[0]))
-    with pytest.raises(ValueError, match="layer 1: the model has 12 units of channel, .* made for 9"):
+    with pytest.raises(ValueError, match=r"layer 1: the model has 12 units of channel, .* made for 9"):
         plan.widths(family, (BASE[0], BASE[0]))
-    with pytest.raises(ValueError, match="layer 0: the model has 2 units of kv_group, .* made for 4"):
+    with pytest.raises(ValueError, match=r"layer 0: the model has 2 units of kv_group, .* made for 4"):
         plan.widths(family, (LayerWidths(8, 2, 12, 10), BASE[1]))
 
 

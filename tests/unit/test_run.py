@@ -61,7 +61,7 @@ def test_an_empty_directory_may_be_used_and_parents_are_made(tmp_path):
 def test_a_directory_with_something_in_it_is_refused_and_left_alone(start, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("precious")
-    with pytest.raises(FileExistsError, match="is not empty$"):
+    with pytest.raises(FileExistsError, match=r"is not empty$"):
         start()
     assert names(tmp_path / "run") == {"thesis.txt"}
 

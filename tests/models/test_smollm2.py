@@ -1,0 +1,78 @@
+"""SmolLM2-135M, the real weights: budgets, loading in a process without this package, the same text."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from adapt_pruner import PruneConfig, prune, summarize
+from adapt_pruner.assets import fetch_model
+from adapt_pruner.kernels import backend_status
+
+pytestmark = pytest.mark.real_model
+
+MODEL = "smollm2-135m"
+CHANNEL = 3 * 576  # parameters of one channel
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Few iterations and tokens: budgets and files are what is tested here, not quality."""
+    directory = tmp_path_factory.mktemp("runs")
+
+    def run(target):
+        output = directory / f"{target}"
+        config = PruneConfig(
+            MODEL, target, str(output), iterations=6, num_sequences=4, device="cpu", resume=output.exists()
+        )
+        return prune(config)
+
+    return run
+
+
+@pytest.mark.parametrize("target", [0.9, 0.8, 0.7, 0.5])
+def test_lands_less_than_one_channel_below_the_target(runs, target):
+    result = runs(target)
+    asked = int(target * 134_515_008)
+    summary = summarize(result.model_directory)
+    assert summary.parameters == result.metrics["parameters_after"]
+    assert 0 <= asked - summary.parameters < CHANNEL
+    assert len({layer.widths for layer in summary.layers}) > 1
+
+
+def test_loads_with_plain_transformers_in_another_process(runs, tmp_path):
+    directory = runs(0.8).model_directory
+    code = f"""
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained({str(directory)!r})
+model = AutoModelForCausalLM.from_pretrained({str(directory)!r}, trust_remote_code=True)
+assert "adapt_pruner" not in sys.modules
+inputs = tokenizer("The capital of France is", return_tensors="pt")
+cached = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+uncached = model.generate(**inputs, max_new_tokens=8, do_sample=False, use_cache=False)
+assert cached.tolist() == uncached.tolist()
+print(json.dumps({{"parameters": model.num_parameters(), "ids": tokenizer("In 1984, 2 of 10.").input_ids}}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=tmp_path, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["parameters"] == runs(0.8).metrics["parameters_after"]
+    from transformers import AutoTokenizer
+
+    original = AutoTokenizer.from_pretrained(fetch_model(MODEL))
+    assert found["ids"] == original("In 1984, 2 of 10.").input_ids
+
+
+def test_native_ops_are_what_ran():
+    """The suite must not pass on the reference ops because the extension is missing."""
+    assert backend_status()["cpu"] is None
+    if torch.cuda.is_available():
+        assert backend_status()["cuda"] is None
