@@ -123,6 +123,7 @@ def measure_memory(options: argparse.Namespace) -> dict[str, int]:
     """Peak above the level before loading, in a process that runs nothing else."""
     work = Workload(options)
     loaded = peak_memory(reset=True)
+    work.dense.clear()  # or the weights that surgery replaces would stay
     getattr(work, options.memory_of)()
     return {"loaded": loaded - work.baseline, "peak": peak_memory() - work.baseline}
 

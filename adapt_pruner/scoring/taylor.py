@@ -71,12 +71,12 @@ def score(
     ):
         for sequences in batch.split(micro_batch_size):
             # Passing the label count makes the micro-batch losses add up to the mean over the whole batch.
-            output = model(
+            # Only the loss is kept of the output: its logits would outlive their use by a backward pass.
+            part = model(
                 input_ids=sequences, labels=sequences, num_items_in_batch=num_labels, use_cache=False
-            )
-            output.loss.backward()
-            loss += output.loss.detach().double().cpu()
-            del output
+            ).loss
+            part.backward()
+            loss += part.detach().double().cpu()
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the calibration loss is {loss.item()}: weights or activations overflow in {model.dtype}"
