@@ -1,4 +1,4 @@
-"""Run with the Python of an environment that has the wheel alone: the native CPU ops must be there and work."""
+"""Run with the Python of an environment that has the wheel alone: its native CPU ops must work."""
 
 import torch
 

@@ -114,6 +114,9 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         pickled = [p.name for p in directory.glob("*.bin")] + [p.name for p in directory.glob("*.pt*")]
         hint = f"; found only pickled weights {pickled}, which are never loaded" if pickled else ""
         raise CheckpointError(f"{directory}: expected {WEIGHTS_NAME} or {INDEX_NAME}, found neither{hint}")
+    elsewhere = [s for s in shards if Path(s).name != s]
+    if elsewhere:
+        raise CheckpointError(f"{directory}: {INDEX_NAME} names files outside the directory: {elsewhere}")
     missing = [s for s in shards if not (directory / s).is_file()]
     if missing:
         raise CheckpointError(
@@ -121,7 +124,11 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         )
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
-        tensors.update(read_header(directory / shard))
+        header = read_header(directory / shard)
+        twice = sorted(header.keys() & tensors.keys())
+        if twice:
+            raise CheckpointError(f"{directory}: tensors are in more than one shard: {twice[:5]}")
+        tensors.update(header)
     absent = sorted(set(index) - set(tensors))
     if absent:
         raise CheckpointError(f"{directory}: {INDEX_NAME} names tensors that no shard has: {absent[:5]}")

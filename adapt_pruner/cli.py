@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 import warnings
@@ -81,11 +82,12 @@ def _flag(name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `adapt-pruner`; returns the exit status: 0, 1 for an error, 2 for wrong usage."""
-    parsed = build_parser().parse_args(argv)
+    parsed = build_parser().parse_args(_config_first(sys.argv[1:] if argv is None else argv))
     arguments: Namespace = parsed[parsed.command]
-    warnings.showwarning = _print_warning
     try:
-        result, print_result = _RUN[parsed.command](arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            result, print_result = _RUN[parsed.command](arguments)
     except KeyboardInterrupt:
         print("adapt-pruner: interrupted; --resume goes on with an unfinished run", file=sys.stderr)
         return 130
@@ -102,6 +104,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print_result(Console())
     return 0
+
+
+def _config_first(argv: Sequence[str]) -> list[str]:
+    """The arguments with --config right behind the command: the parser lets the last one win."""
+    first, rest = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            first += [argument, *itertools.islice(arguments, 1)]
+        elif argument.startswith("--config="):
+            first.append(argument)
+        else:
+            rest.append(argument)
+    return [*rest[:1], *first, *rest[1:]]
 
 
 def _print_warning(message: Any, *details: Any, **more: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -63,11 +63,7 @@ class PruneConfig:
         _require("sequence_length", self.sequence_length, "at least 2", self.sequence_length >= 2)
         _require("seed", self.seed, "at least 0", self.seed >= 0)
         _require("amplitude", self.amplitude, "finite, at least 0", 0 <= self.amplitude < math.inf)
-        _require_choice("target_of", self.target_of, ("all", "non-embedding"))
-        _require_choice("layer_metric", self.layer_metric, ("cosine", "euclidean", "manhattan"))
-        _require_choice("normalize", self.normalize, ("max", "rank", "zscore_clip"))
-        _require_choice("dtype", self.dtype, ("auto", "fp32", "bf16", "fp16"))
-        _require_choice("backend", self.backend, ("auto", "reference", "cpu", "cuda", "triton"))
+        _require_choices(self)
 
 
 def parse_target(target: float | str) -> float | int:
@@ -84,7 +80,7 @@ def parse_target(target: float | str) -> float | int:
         value = math.nan
     if not scale and 0 < value <= 1:
         return value
-    if value > 1 and math.isfinite(value):
+    if value > 1 and math.isfinite(value) and (scale or value.is_integer()):
         return round(value)
     raise ValueError(
         f"target is {target!r}, expected a fraction in (0, 1] or a count of parameters such as 108M or 1.2B"
@@ -96,8 +92,12 @@ def _require(name: str, value: Any, expected: str, holds: bool) -> None:
         raise ValueError(f"{name} is {value!r}, expected {expected}")
 
 
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(name, value, f"one of {choices}", value in choices)
+def _require_choices(config: Any) -> None:
+    """Every field with a Literal type has one of its values."""
+    for name, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal:
+            value = getattr(config, name)
+            _require(name, value, f"one of {get_args(kind)}", value in get_args(kind))
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class EvaluateConfig:
         for name, least in (("stride", 1), ("max_tokens", 2), ("limit", 1)):
             value = getattr(self, name)
             _require(name, value, f"at least {least}, or not given", value is None or value >= least)
-        _require_choice("dtype", self.dtype, ("auto", "fp32", "bf16", "fp16"))
+        _require_choices(self)
 
 
 @dataclass(frozen=True)

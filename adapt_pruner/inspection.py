@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +59,10 @@ def summarize(model: str | Path, *, context: int = 1024) -> ModelSummary:
     numel = {name: info.numel for name, info in checkpoint.tensors.items()}
     unit_costs(family, widths, {name: info.shape for name, info in checkpoint.tensors.items()})
     embeddings = sum(numel[name] for name in family.embeddings if name in numel)
-    dtype = next(iter(checkpoint.tensors.values())).dtype
+    dtypes = Counter[str]()
+    for info in checkpoint.tensors.values():
+        dtypes[info.dtype] += info.numel
+    dtype = dtypes.most_common(1)[0][0]
     layers = []
     for i, layer in enumerate(widths):
         prefix = family.layer_prefix.format(layer=i) + "."
@@ -72,7 +77,7 @@ def summarize(model: str | Path, *, context: int = 1024) -> ModelSummary:
                 2 * layer.num_key_value_heads * layer.head_dim * DTYPE_BYTES[dtype],
             )
         )
-    vocabulary = checkpoint.config["vocab_size"] * checkpoint.config["hidden_size"]
+    vocabulary = numel[family.embeddings[0]]
     return ModelSummary(
         checkpoint.config["model_type"],
         dtype,
@@ -94,7 +99,7 @@ def inspect_model(config: InspectConfig) -> tuple[ModelSummary, ModelSummary | N
     base = config.base
     plan = Path(config.model) / "plan.json"
     if base is None and plan.exists():
-        base = PruningPlan.load(plan).base_model
+        base = _base_of(PruningPlan.load(plan))
     before = summarize(resolve_model(base), context=config.context) if base else None
     if before and len(before.layers) != len(after.layers):
         raise ValueError(
@@ -102,6 +107,19 @@ def inspect_model(config: InspectConfig) -> tuple[ModelSummary, ModelSummary | N
             "expected a model pruned from it"
         )
     return after, before
+
+
+def _base_of(plan: PruningPlan) -> str | None:
+    """The base model of a plan, or None with a warning where it is gone or has changed."""
+    try:
+        changed = open_checkpoint(resolve_model(plan.base_model)).fingerprint() != plan.weight_fingerprint
+        problem = "its weights have changed" if changed else None
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        warnings.warn(f"nothing to compare with: base model {plan.base_model}: {problem}", stacklevel=2)
+        return None
+    return plan.base_model
 
 
 def ratios(after: ModelSummary, before: ModelSummary) -> dict[str, float]:

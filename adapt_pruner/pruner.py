@@ -78,7 +78,6 @@ def prune(config: PruneConfig, *, on_iteration: OnIteration | None = None) -> Pr
         OSError: not enough disk space for the pruned model.
     Source: arXiv 2502.03460 section 3, algorithm.md section 4.
     """
-    started = time.perf_counter()
     checkpoint = open_checkpoint(resolve_model(config.model))
     family = find_family(checkpoint.config.get("model_type"))
     budget, embeddings = _header_budget(checkpoint, family)
@@ -91,7 +90,7 @@ def prune(config: PruneConfig, *, on_iteration: OnIteration | None = None) -> Pr
     tokens = _calibration_tokens(config, checkpoint)
     run = RunDirectory.open(output, config, resume=config.resume)
     try:
-        _prune(config, run, checkpoint, tokens, budget, embeddings, target, on_iteration, started)
+        _prune(config, run, checkpoint, tokens, budget, embeddings, target, on_iteration)
         return _result(run)
     finally:
         run.close()
@@ -172,7 +171,6 @@ def _prune(
     embeddings: int,
     target: int,
     on_iteration: OnIteration | None,
-    started: float,
 ) -> None:
     plan = PruningPlan(
         base_model=config.model,
@@ -216,7 +214,7 @@ def _prune(
                 )
     plan.save(run.plan)
     records = run.iterations()
-    write_json(run.metrics, _metrics(engine, budget, embeddings, target, records, started))
+    write_json(run.metrics, _metrics(engine, budget, embeddings, target, records))
     if records:
         plot_run(records, run.path / "widths.png", initial=budget.initial)
     if not run.model.exists():
@@ -295,7 +293,6 @@ def _metrics(
     embeddings: int,
     target: int,
     records: list[dict[str, Any]],
-    started: float,
 ) -> dict[str, Any]:
     before, after = budget.num_parameters, engine.num_parameters
     return {
@@ -307,7 +304,7 @@ def _metrics(
         "non_embedding_after": after - embeddings,
         "iterations": len(records),
         "calibration_loss": [record["loss"] for record in records],
-        "seconds": round(time.perf_counter() - started, 3),
+        "seconds": round(sum(sum(record["seconds"].values()) for record in records), 3),
         "peak_memory_bytes": _peak_memory(engine.model.device),
     }
 

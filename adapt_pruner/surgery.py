@@ -81,6 +81,8 @@ def apply_plan(
 ) -> Path:
     """Replays a plan on the checkpoint it was made for, shard by shard, without building the model.
 
+    The weights keep the dtype they are stored in.
+
     Args:
         model: directory of the base model, safetensors.
         output: directory to create; it appears complete or not at all.

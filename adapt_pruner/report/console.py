@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -52,7 +53,7 @@ class PruningBar:
 
 
 def show_pruned(console: Console, result: dict[str, Any]) -> None:
-    table = Table("", "parameters", "of before", title=result["run_directory"])
+    table = Table("", "parameters", "of before", title=escape(result["run_directory"]))
     before = result["parameters_before"]
     for row in ("before", "target", "after"):
         count = result[f"parameters_{row}"]
@@ -73,7 +74,7 @@ def show_evaluated(console: Console, result: EvaluationResult) -> None:
         )
     if result.multiple_choice:
         mean = result.multiple_choice
-        table = Table("task", "items", "acc", "acc_norm", "chance", title=result.model)
+        table = Table("task", "items", "acc", "acc_norm", "chance", title=escape(result.model))
         for task in mean.tasks:
             table.add_row(
                 task.task,

@@ -179,6 +179,20 @@ def test_an_index_that_names_an_absent_tensor(sharded):
         open_checkpoint(sharded)
 
 
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "sub/model.safetensors"])
+def test_an_index_that_leads_out_of_the_directory(sharded, name):
+    edit_json(sharded / INDEX, lambda i: i["weight_map"].update({"lm_head.weight": name}))
+    with pytest.raises(CheckpointError, match="names files outside the directory"):
+        open_checkpoint(sharded)
+
+
+def test_a_tensor_in_two_shards(sharded):
+    first, second = sorted(sharded.glob("*.safetensors"))[:2]
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(CheckpointError, match="tensors are in more than one shard"):
+        open_checkpoint(sharded)
+
+
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}])
 def test_an_index_without_tensors(sharded, index):
     (sharded / INDEX).write_text(json.dumps(index))

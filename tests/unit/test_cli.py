@@ -218,6 +218,15 @@ def test_settings_come_from_a_file_and_the_command_line_wins(
     assert not (tmp_path / "from-file").exists()
 
 
+def test_the_command_line_wins_wherever_the_settings_file_stands(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("model: from-file\nseed: 5\ntarget: 0.5\n")
+    for place in ([], ["--config", str(path)]), (["--config", str(path)], []), ([], [f"--config={path}"]):
+        line = ["prune", *place[0], "given", "--output", "x", "--seed", "6", *place[1]]
+        parsed = build_parser().parse_args(_config_first(line)).prune
+        assert (parsed.model, parsed.seed, parsed.target) == ("given", 6, 0.5)
+
+
 def test_the_saved_config_of_a_run_is_such_a_file(command, pruned_run, tmp_path):
     status, _, err = command("prune", "--config", pruned_run / "config.yaml", "--output", tmp_path / "run")
     assert status == 0, err

@@ -45,7 +45,7 @@ def test_targets(target, value):
 
 @pytest.mark.parametrize(
     "target",
-    ["abc", "", "M", 0, "0", -1, "-0.5", math.nan, "nan", math.inf, "0M", "-3M", "80%", "1.2.3", None],
+    ["abc", "", "M", 0, "0", -1, "-0.5", math.nan, "nan", math.inf, "0M", "-3M", "80%", "1.2.3", "1.5", None],
 )
 def test_what_is_no_target_is_refused(target):
     expected = re.escape(repr(target)) + r", expected a fraction in \(0, 1\] or a count of parameters"

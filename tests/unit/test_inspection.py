@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, make_model
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
@@ -139,6 +140,22 @@ def test_a_run_directory_shows_its_model_before_and_after(run_directory, tiny_mo
         (layer.widths.num_attention_heads, layer.widths.num_key_value_heads, layer.widths.intermediate_size)
         for layer in after.layers
     ] == [(2 * len(groups), len(groups), channels) for groups, channels in KEEP]
+
+
+def test_a_base_that_has_changed_or_is_gone_is_not_compared_with(tiny_models, tmp_path):
+    base = shutil.copytree(tiny_models["llama"], tmp_path / "base")
+    plan = make_plan(base)
+    (tmp_path / "run").mkdir()
+    plan.save(tmp_path / "run" / "plan.json")
+    apply_plan(plan, base, tmp_path / "run" / "model")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, base / "model.safetensors")
+    with pytest.warns(UserWarning, match="nothing to compare with: .*its weights have changed"):
+        assert inspect_model(InspectConfig(str(tmp_path / "run")))[1] is None
+    shutil.rmtree(base)
+    with pytest.warns(UserWarning, match="nothing to compare with"):
+        assert inspect_model(InspectConfig(str(tmp_path / "run")))[1] is None
 
 
 def test_ratios_are_what_is_left(run_directory):
