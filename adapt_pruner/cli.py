@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -84,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `adapt-pruner`; returns the exit status: 0, 1 for an error, 2 for wrong usage."""
     parsed = build_parser().parse_args(_config_first(sys.argv[1:] if argv is None else argv))
     arguments: Namespace = parsed[parsed.command]
+    logging.basicConfig(stream=sys.stderr, format="adapt-pruner: %(message)s")
+    logging.getLogger("adapt_pruner").setLevel(logging.INFO)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning

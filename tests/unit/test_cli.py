@@ -223,7 +223,7 @@ def test_the_command_line_wins_wherever_the_settings_file_stands(tmp_path):
     path.write_text("model: from-file\nseed: 5\ntarget: 0.5\n")
     for place in ([], ["--config", str(path)]), (["--config", str(path)], []), ([], [f"--config={path}"]):
         line = ["prune", *place[0], "given", "--output", "x", "--seed", "6", *place[1]]
-        parsed = build_parser().parse_args(_config_first(line)).prune
+        parsed = cli.build_parser().parse_args(cli._config_first(line)).prune
         assert (parsed.model, parsed.seed, parsed.target) == ("given", 6, 0.5)
 
 
