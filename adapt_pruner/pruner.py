@@ -65,9 +65,9 @@ class PruneResult:
 def prune(config: PruneConfig, *, on_iteration: OnIteration | None = None) -> PruneResult:
     """Prunes a model to a parameter budget and writes a run directory.
 
-    Everything that can be checked from headers and text is checked before any weight is loaded. The run can
-    be killed at any moment; with `resume` it goes on behind the last finished iteration and ends with the
-    same bytes.
+    What headers and text tell is checked before any weight is loaded, and the weights before the run
+    directory is made. The run can be killed at any moment; with `resume` it goes on behind the last finished
+    iteration and ends with the same bytes.
 
     Args:
         on_iteration: called after each finished iteration.
@@ -88,9 +88,10 @@ def prune(config: PruneConfig, *, on_iteration: OnIteration | None = None) -> Pr
         return _result(RunDirectory(output))
     require_free_space(output, _saved_bytes(config, checkpoint, target))
     tokens = _calibration_tokens(config, checkpoint)
+    engine = InMemoryEngine(checkpoint, device=config.device, dtype=config.dtype, backend=config.backend)
     run = RunDirectory.open(output, config, resume=config.resume)
     try:
-        _prune(config, run, checkpoint, tokens, budget, embeddings, target, on_iteration)
+        _prune(config, run, engine, tokens, budget, embeddings, target, on_iteration)
         return _result(run)
     finally:
         run.close()
@@ -165,7 +166,7 @@ def _draw(config: PruneConfig, tokens: TokenizedDocuments, iteration: int) -> to
 def _prune(
     config: PruneConfig,
     run: RunDirectory,
-    checkpoint: Checkpoint,
+    engine: InMemoryEngine,
     tokens: TokenizedDocuments,
     budget: UnitBudget,
     embeddings: int,
@@ -174,21 +175,25 @@ def _prune(
 ) -> None:
     plan = PruningPlan(
         base_model=config.model,
-        config_hash=config_hash(checkpoint.config),
-        weight_fingerprint=checkpoint.fingerprint(),
-        family=find_family(checkpoint.config.get("model_type")).name,
+        config_hash=config_hash(engine.checkpoint.config),
+        weight_fingerprint=engine.checkpoint.fingerprint(),
+        family=engine.family.name,
         settings=_plan_settings(config),
         initial_units=budget.initial,
         keep_indices=tuple({k: np.arange(n) for k, n in layer.items()} for layer in budget.initial),
     )
     sparsity: Floats = np.zeros(len(budget.initial))
     iteration = 0
-    engine = InMemoryEngine(checkpoint, device=config.device, dtype=config.dtype, backend=config.backend)
     state = run.load_state()
     if state is not None:
         iteration = state["iteration"]
         sparsity = np.array(state["sparsity"])
-        plan = PruningPlan.from_json(state["plan"])
+        saved = PruningPlan.from_json(state["plan"])
+        if (saved.config_hash, saved.weight_fingerprint) != (plan.config_hash, plan.weight_fingerprint):
+            raise ValueError(
+                f"cannot resume {run.path}: {config.model} has changed since the run was started"
+            )
+        plan = saved
         engine.remove_units(plan.keep_indices)
     run.log("resumed" if state else "started", iteration=iteration, parameters=engine.num_parameters)
     with _deterministic(engine.model.device):

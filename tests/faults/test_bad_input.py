@@ -88,10 +88,7 @@ def test_weights_that_are_not_finite(config, model, value):
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = value
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"1 of 4224 values of model.layers.2.mlp.up_proj.weight are NaN or inf"
-    ):
-        prune(config())
+    expect(config(), "1 of 4224 values of model.layers.2.mlp.up_proj.weight are NaN or inf")
 
 
 def test_tensors_that_do_not_fit_the_config(config, model):
@@ -140,6 +137,19 @@ def test_resuming_with_other_settings(config):
     prune(config())
     with pytest.raises(ValueError, match=r"target is 0.6, the run was started with 0.7"):
         prune(config(target=0.6, resume=True))
+
+
+def test_resuming_with_another_model(config, model):
+    def interrupt(report):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(config(), on_iteration=interrupt)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"cannot resume .*model has changed since the run was started"):
+        prune(config(resume=True))
 
 
 @pytest.mark.parametrize("text", ["", "\n\n  \n"])
