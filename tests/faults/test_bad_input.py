@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
 from safetensors.torch import load_file, save_file
+from tiny import make_model
 
 from adapt_pruner import PruneConfig, prune
 from adapt_pruner.cli import main

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,3 +77,16 @@ def test_native_ops_are_what_ran():
     assert backend_status()["cpu"] is None
     if torch.cuda.is_available():
         assert backend_status()["cuda"] is None
+
+
+def test_the_example_of_the_readme_runs(tmp_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    example = readme.partition("```python\n")[2].partition("```")[0]
+    assert "num_sequences=16" in example
+    done = subprocess.run(
+        [sys.executable, "-c", example.replace("num_sequences=16", "num_sequences=2, iterations=12")],
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=tmp_path, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "The sun rises" in done.stdout
+    assert "PerplexityResult(perplexity=" in done.stdout

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, make_model
 from safetensors.torch import load_file, save_file
+from tiny import VOCABULARY, make_model
 
 from adapt_pruner import checkpoint
 from adapt_pruner.checkpoint import (

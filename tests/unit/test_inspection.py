@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, make_model
 from safetensors.torch import load_file, save_file
+from tiny import VOCABULARY, make_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 

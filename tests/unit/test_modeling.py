@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, make_model
 from safetensors import safe_open
+from tiny import VOCABULARY, make_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import adapt_pruner  # noqa: F401  registers the classes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, VOCABULARY, make_model
+from tiny import SHAPE, VOCABULARY, make_model
 from torch.nn import functional
 
 from adapt_pruner import kernels
