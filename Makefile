@@ -46,6 +46,7 @@ bench: $(VENV)/.built
 
 $(VENV)/.dependencies: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) with the pinned dependencies of constraints.txt (a few minutes, once)"
+	@$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f'$(PYTHON) is Python {v[0]}.{v[1]}, expected 3.11 or later; set PYTHON=')"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --no-compile -c constraints.txt torch setuptools wheel ninja pybind11
 	ADAPT_PRUNER_NO_EXT=1 $(PIP) install --quiet --no-compile --no-build-isolation -c constraints.txt -e ".[dev]"

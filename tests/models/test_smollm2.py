@@ -50,7 +50,7 @@ def test_loads_with_plain_transformers_in_another_process(runs, tmp_path):
     code = f"""
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained({str(directory)!r})
+tokenizer = AutoTokenizer.from_pretrained({str(directory)!r}, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained({str(directory)!r}, trust_remote_code=True)
 assert "adapt_pruner" not in sys.modules
 inputs = tokenizer("The capital of France is", return_tensors="pt")
