@@ -178,6 +178,8 @@ def resolve_model(name_or_path: str | os.PathLike[str], *, revision: str | None 
         raise ValueError(f"{name!r} is a file; expected the directory of a saved model")
     if name in MODELS:
         return fetch_model(name)
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise ValueError(f"model directory {name} does not exist")
     return _fetch_from_hub(name, revision)
 
 

@@ -241,9 +241,12 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         yield partial
-        partial.chmod(0o755)
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o777 & ~umask)
         for file in partial.rglob("*"):
             if file.is_file():
+                file.chmod(0o666 & ~umask)  # safetensors makes its files private
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         if target.exists():

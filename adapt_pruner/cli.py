@@ -6,10 +6,12 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 from docstring_parser import parse
 from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser, Namespace
@@ -38,14 +40,24 @@ _COMMANDS: dict[str, tuple[type | None, tuple[str, ...], str]] = {
 }
 
 
+class _Parser(ArgumentParser):
+    """Reports wrong usage in one line, options named as they are typed."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = re.sub(rf"\b(?:{'|'.join(_COMMANDS)})\.(\w+)", lambda m: _flag(m[1]), message)
+        text = re.sub(r'Parser key "(\w+)":', lambda m: f"{_flag(m[1])}:", text)
+        print(f"adapt-pruner: error: {' '.join(text.split())}; see --help", file=sys.stderr)
+        sys.exit(2)
+
+
 def build_parser() -> ArgumentParser:
     """The command-line parser; settings and their help come from the config dataclasses."""
-    parser = ArgumentParser(
+    parser = _Parser(
         prog="adapt-pruner", description="Structured pruning of decoder language models.", version=__version__
     )
     commands = parser.add_subcommands(dest="command")
     for name, (config, positional, help_text) in _COMMANDS.items():
-        command = ArgumentParser(description=help_text)
+        command = _Parser(description=help_text)
         if config is not None:
             _add_config(command, config, positional)
         elif name == "demo":
@@ -85,8 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `adapt-pruner`; returns the exit status: 0, 1 for an error, 2 for wrong usage."""
     parsed = build_parser().parse_args(_config_first(sys.argv[1:] if argv is None else argv))
     arguments: Namespace = parsed[parsed.command]
-    logging.basicConfig(stream=sys.stderr, format="adapt-pruner: %(message)s")
-    logging.getLogger("adapt_pruner").setLevel(logging.INFO)
+    _log_to_stderr()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
@@ -107,6 +118,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print_result(Console())
     return 0
+
+
+def _log_to_stderr() -> None:
+    """Our own messages; of the libraries' only errors, whose loggers read these variables when imported."""
+    for variable in ("HF_HUB_VERBOSITY", "DATASETS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")
+    logger = logging.getLogger("adapt_pruner")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("adapt-pruner: %(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
 
 
 def _config_first(argv: Sequence[str]) -> list[str]:

@@ -105,7 +105,7 @@ class ApplyConfig:
     """Settings of `apply`.
 
     Args:
-        plan: plan.json of a run.
+        plan: run directory, or its plan.json.
         model: the model the plan was made for: directory, built-in name or name on the hub.
         output: model directory to create.
     """
@@ -160,6 +160,7 @@ class EvaluateConfig:
         for name, least in (("stride", 1), ("max_tokens", 2), ("limit", 1)):
             value = getattr(self, name)
             _require(name, value, f"at least {least}, or not given", value is None or value >= least)
+        _require("stride", self.stride, "at most the context", (self.stride or 1) <= self.context)
         _require_choices(self)
 
 

@@ -155,9 +155,10 @@ class PruningPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:
-        """Reads a plan file; errors as `from_json`, naming the file."""
+        """Reads a plan file, or that of a run directory; errors as `from_json`, naming the file."""
+        path = Path(path) / "plan.json" if Path(path).is_dir() else Path(path)
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

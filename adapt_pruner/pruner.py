@@ -28,7 +28,7 @@ from adapt_pruner.checkpoint import (
 )
 from adapt_pruner.config import PruneConfig, parse_target
 from adapt_pruner.data import TokenizedDocuments, check_vocabulary, load_documents, sample_sequences, tokenize
-from adapt_pruner.engines.in_memory import InMemoryEngine
+from adapt_pruner.engines.in_memory import InMemoryEngine, resolve_device
 from adapt_pruner.families import Family, find_family, layer_widths, unit_costs, unit_counts
 from adapt_pruner.plan import Indices, PruningPlan
 from adapt_pruner.report.plots import plot_run
@@ -86,6 +86,7 @@ def prune(config: PruneConfig, *, on_iteration: OnIteration | None = None) -> Pr
     RunDirectory(output).check(config, resume=config.resume)
     if RunDirectory(output).complete:
         return _result(RunDirectory(output))
+    resolve_device(config.device)
     require_free_space(output, _saved_bytes(config, checkpoint, target))
     tokens = _calibration_tokens(config, checkpoint)
     engine = InMemoryEngine(checkpoint, device=config.device, dtype=config.dtype, backend=config.backend)
@@ -113,7 +114,7 @@ def resolve_target(config: PruneConfig, budget: UnitBudget, embeddings: int) -> 
     if not floor <= target <= now:
         relation = "above the current size" if target > now else "below what one unit per layer leaves"
         raise ValueError(
-            f"target {config.target} is {target:,} {config.target_of} parameters, {relation}: "
+            f"target {config.target} of {config.target_of} is {target:,} parameters, {relation}: "
             f"expected {floor:,} to {now:,}"
         )
     return target + base

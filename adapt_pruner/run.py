@@ -64,9 +64,10 @@ class RunDirectory:
         """Raises what `open` raises, apart from the lock, and writes nothing."""
         saved = self.path / "config.yaml"
         # A lock or a half-written file alone is a run that was killed before it began.
-        occupied = self.path.exists() and (
-            not self.path.is_dir()
-            or any(file.name != ".lock" and not _is_partial(file) for file in self.path.iterdir())
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"output {self.path} exists and is not a directory")
+        occupied = self.path.exists() and any(
+            file.name != ".lock" and not _is_partial(file) for file in self.path.iterdir()
         )
         if occupied and not resume:
             hint = "; --resume goes on with the run in it" if saved.exists() else ""

@@ -12,6 +12,7 @@ from torch import Tensor
 from adapt_pruner.allocation import Counts, UnitBudget
 from adapt_pruner.checkpoint import Checkpoint, CheckpointError, copy_side_files, open_checkpoint
 from adapt_pruner.families import find_family, layer_widths, unit_costs, unit_counts
+from adapt_pruner.kernels.backends import choose_backend
 from adapt_pruner.plan import Indices
 from adapt_pruner.scoring import Scores, score
 from adapt_pruner.scoring.layers import Metric
@@ -33,6 +34,9 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, expected auto, cpu, cuda or cuda:N") from error
+    try:
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device is {device!r}, which is not usable here: {error}") from error
@@ -48,13 +52,12 @@ def load_model(
         dtype: "auto" keeps the dtype of the checkpoint; else "fp32", "bf16" or "fp16".
     Raises:
         CheckpointError: damaged files, tensors that do not fit the config, or weights that are not finite.
-        ValueError: unknown architecture, device or dtype.
+        ValueError: unknown device or dtype.
     """
     import adapt_pruner.modeling
 
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
-    find_family(checkpoint.config.get("model_type"))
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected auto or one of {sorted(DTYPES)}")
     target = resolve_device(device)
@@ -93,6 +96,7 @@ class InMemoryEngine:
         self.checkpoint = checkpoint
         self.family = find_family(checkpoint.config.get("model_type"))
         self.widths = layer_widths(checkpoint.config)
+        choose_backend(backend, resolve_device(device))  # fails before the weights are read
         self.model = load_model(checkpoint, device=device, dtype=dtype)
         self._backend = backend
 

@@ -10,7 +10,7 @@ from typing import Any
 from adapt_pruner.assets import resolve_model
 from adapt_pruner.checkpoint import open_checkpoint, write_json
 from adapt_pruner.config import EvaluateConfig
-from adapt_pruner.engines.in_memory import load_model
+from adapt_pruner.engines.in_memory import load_model, resolve_device
 from adapt_pruner.evaluation.multiple_choice import MultipleChoiceResult, evaluate_multiple_choice
 from adapt_pruner.evaluation.perplexity import PerplexityResult, evaluate_perplexity
 from adapt_pruner.evaluation.tasks import COMMONSENSE_TASKS, TASKS
@@ -41,6 +41,11 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     if config.data == "none" and not tasks:
         raise ValueError('nothing to evaluate: data is "none" and no task is named')
     started = time.perf_counter()
+    resolve_device(config.device)
+    if config.output:
+        if Path(config.output).is_dir():
+            raise ValueError(f"output is {config.output}, a directory; expected a JSON file to write")
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     checkpoint = open_checkpoint(resolve_model(config.model))
     from transformers import AutoTokenizer
 

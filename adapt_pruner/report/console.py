@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,13 @@ if TYPE_CHECKING:
 
 
 class PruningBar:
-    """Progress towards the parameter target on stderr, with loss, parameters and the time left."""
+    """Progress towards the parameter target on stderr, with loss, parameters and the time left.
+
+    Appears with the first iteration; where stderr is no terminal, each iteration is a line.
+    """
 
     def __init__(self) -> None:
+        self._console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -27,12 +32,12 @@ class PruningBar:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=self._console,
+            speed_estimate_period=float("inf"),  # iterations may take minutes
         )
-        self._task = self._progress.add_task("loading", total=None, loss="-", parameters="-")
+        self._task = self._progress.add_task("", total=None, loss="-", parameters="-")
 
     def __enter__(self) -> PruningBar:
-        self._progress.start()
         return self
 
     def __exit__(
@@ -42,6 +47,15 @@ class PruningBar:
 
     def update(self, report: IterationReport) -> None:
         """Shows where the run stands; the total is what has to be removed."""
+        if not self._console.is_terminal:
+            print(
+                f"iteration {report.iteration}: loss {report.loss:.3f}, {report.parameters:,} parameters "
+                f"(target {report.parameters_target:,})",
+                file=sys.stderr,
+                flush=True,
+            )
+            return
+        self._progress.start()
         self._progress.update(
             self._task,
             description=f"iteration {report.iteration}",
@@ -105,16 +119,20 @@ def show_inspected(console: Console, after: ModelSummary, before: ModelSummary |
         now = getattr(after.layers[i].widths, key)
         return f"{getattr(before.layers[i].widths, key)} → {now}" if before else str(now)
 
+    def cost(i: int, key: str) -> str:
+        now = f"{getattr(after.layers[i], key):,}"
+        return f"{getattr(before.layers[i], key):,} → {now}" if before else now
+
     table = Table("layer", "heads", "KV heads", "channels", "parameters", "FLOPs/token", "KV bytes/token")
-    for i, layer in enumerate(after.layers):
+    for i in range(len(after.layers)):
         table.add_row(
             str(i),
             cell(i, "num_attention_heads"),
             cell(i, "num_key_value_heads"),
             cell(i, "intermediate_size"),
-            f"{layer.parameters:,}",
-            f"{layer.flops_per_token:,}",
-            f"{layer.kv_cache_bytes_per_token:,}",
+            cost(i, "parameters"),
+            cost(i, "flops_per_token"),
+            cost(i, "kv_cache_bytes_per_token"),
         )
     console.print(table)
     totals = Table("total", *(["before"] if before else []), "after" if before else "", "")

@@ -102,7 +102,8 @@ def test_tensors_that_do_not_fit_the_config(config, model):
 def test_target_out_of_reach(config, target):
     relation = "above the current size" if target == "500M" else "below what one unit per layer leaves"
     expect(
-        config(target=target), f"target {target} is [0-9,]+ all parameters, {relation}: expected [0-9,]+ to"
+        config(target=target),
+        f"target {target} of all is [0-9,]+ parameters, {relation}: expected [0-9,]+ to",
     )
 
 
