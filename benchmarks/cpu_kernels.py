@@ -2,11 +2,12 @@
 
     python benchmarks/cpu_kernels.py [--threads 2] [--rounds 15] [--only gather]
 
-Prints CSV: shape, dtype, op, wall ms (p20, p50, p80), CPU ms per thread (p50), GB/s and the fraction of the
-bandwidth that bounds the op. GB/s and the fraction come from the CPU time where other work shares the cores
-(`--clock cpu`, the default) or from the wall time. Bytes are those an op must move: importance and similarity
-read both tensors; a row gather and runs read and write the kept part; a random column gather reads the whole
-source. Reads are bounded by `read`, gathers by `copy`: the better of memcpy and a copy with streaming stores.
+Prints CSV: shape, dtype, op, wall ms per call (p20, p50, p80), CPU ms per thread (p50), GB/s and fractions of
+the bandwidth that bounds it. GB/s and fractions come from the CPU time (`--clock cpu`, the default, for
+cores that are shared with other work) or from the wall time. Bytes are those an op must move: importance and
+similarity read both tensors; a row gather and runs read and write the kept part; a random column gather reads
+the whole source. Reads are bounded by `read`; gathers by `memcpy` and, in a column of its own, by a copy with
+streaming stores, which does not read the target's lines first.
 
 Outputs are preallocated (`out=`) and touched before the clock starts, so page faults cost nothing; the
 allocator (glibc's unless LD_PRELOAD says otherwise) and the huge-page setting are printed with the table.
@@ -34,6 +35,8 @@ SHAPES = [(4096, 14336), (14336, 4096)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEAD = 128  # columns of an attention head
 KEPT = 0.75
+READ, COPY = ("read",), ("memcpy", "copy streaming")
+REPEATS = 5  # calls per measurement: the CPU clock may tick every 4 ms only
 
 
 @dataclass
@@ -43,15 +46,16 @@ class Case:
     name: str
     run: Callable[[], object]
     bytes: int
-    bound: str = ""  # "read" or "copy"; empty for the bounds themselves
+    bounds: tuple[str, ...] = ()  # names of the cases that bound it; empty for those themselves
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
     def measure(self, threads: int) -> None:
         cpu, wall = time.process_time(), time.perf_counter()
-        self.run()
-        self.wall.append(time.perf_counter() - wall)
-        self.cpu.append((time.process_time() - cpu) / threads)
+        for _ in range(REPEATS):
+            self.run()
+        self.wall.append((time.perf_counter() - wall) / REPEATS)
+        self.cpu.append((time.process_time() - cpu) / threads / REPEATS)
 
 
 def compile_bandwidth(folder: str) -> ctypes.CDLL:
@@ -93,12 +97,12 @@ def cases(shape: tuple[int, int], dtype: torch.dtype, bandwidth: ctypes.CDLL) ->
         Case("read", native("read_pair", weight, other, weight.nbytes), both),
         Case("memcpy", native("copy", by_rows, weight, kept), 2 * kept),
         Case("copy streaming", native("copy_streaming", by_rows, weight, kept), 2 * kept),
-        Case("importance rows", importance(0), both, "read"),
-        Case("importance columns", importance(1), both, "read"),
-        Case("similarity cosine", lambda: residual_similarity(weight, other), both, "read"),
-        Case("gather rows", gather(0, 1), 2 * kept, "copy"),
-        Case("gather columns", gather(1, 1), weight.nbytes + kept, "copy"),
-        Case(f"gather runs of {HEAD}", gather(1, HEAD), 2 * kept, "copy"),
+        Case("importance rows", importance(0), both, READ),
+        Case("importance columns", importance(1), both, READ),
+        Case("similarity cosine", lambda: residual_similarity(weight, other), both, READ),
+        Case("gather rows", gather(0, 1), 2 * kept, COPY),
+        Case("gather columns", gather(1, 1), weight.nbytes + kept, COPY),
+        Case(f"gather runs of {HEAD}", gather(1, HEAD), 2 * kept, COPY),
     ]
 
 
@@ -106,17 +110,13 @@ def print_table(shape: tuple[int, int], dtype: str, measured: list[Case], clock:
     def rate(case: Case) -> float:
         return case.bytes / statistics.median(case.cpu if clock == "cpu" else case.wall) / 1e9
 
-    rates = {case.name: rate(case) for case in measured if not case.bound}
-    bounds = {"read": rates["read"], "copy": max(rates["memcpy"], rates["copy streaming"])}
+    rates = {case.name: rate(case) for case in measured if not case.bounds}
     for case in measured:
-        p20, p50, p80 = (q * 1e3 for q in (statistics.quantiles(case.wall, n=10)[i] for i in (1, 4, 7)))
-        cpu = statistics.median(case.cpu) * 1e3
-        fraction = f"{rate(case) / bounds[case.bound]:.3f}" if case.bound else ""
-        print(
-            f"{shape[0]}x{shape[1]},{dtype},{case.name},{p20:.2f},{p50:.2f},{p80:.2f},{cpu:.2f},"
-            f"{rate(case):.1f},{fraction}",
-            flush=True,
-        )
+        p20, p50, p80 = (statistics.quantiles(case.wall, n=10)[i] * 1e3 for i in (1, 4, 7))
+        times = f"{p20:.2f},{p50:.2f},{p80:.2f},{statistics.median(case.cpu) * 1e3:.2f}"
+        fractions = [f"{rate(case) / rates[bound]:.3f}" for bound in case.bounds]
+        row = f"{shape[0]}x{shape[1]},{dtype},{case.name},{times},{rate(case):.1f}"
+        print(",".join([row, *fractions, *[""] * (2 - len(fractions))]), flush=True)
 
 
 def print_setting(threads: int, clock: str) -> None:
@@ -131,7 +131,7 @@ def print_setting(threads: int, clock: str) -> None:
         "huge pages": huge_pages.read_text().strip() if huge_pages.exists() else "unknown",
     }
     print("# " + "; ".join(f"{name}: {value or 'unset'}" for name, value in setting.items()))
-    print("shape,dtype,op,ms_p20,ms_p50,ms_p80,cpu_ms_p50,gb_per_s,fraction")
+    print("shape,dtype,op,ms_p20,ms_p50,ms_p80,cpu_ms_p50,gb_per_s,fraction,fraction_of_streaming")
 
 
 def main() -> None:
@@ -147,7 +147,7 @@ def main() -> None:
         bandwidth = compile_bandwidth(folder)
         for shape in SHAPES:
             for name, dtype in DTYPES.items():
-                chosen = [c for c in cases(shape, dtype, bandwidth) if not c.bound or options.only in c.name]
+                chosen = [c for c in cases(shape, dtype, bandwidth) if not c.bounds or options.only in c.name]
                 for case in chosen:
                     case.run()
                 for _ in range(options.rounds):
