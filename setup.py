@@ -27,7 +27,7 @@ PYTHON_TAG = "cp310"
 DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
 CPU_SOURCES = ["ops.cpp", "cpu/dispatch.cpp", "cpu/saliency.cpp", "cpu/gather.cpp", "cpu/similarity.cpp"]
 CUDA_SOURCES = ["cuda/runtime.cu", "cuda/saliency.cu", "cuda/gather.cu", "cuda/similarity.cu"]
-HEADERS = ["kernels.h", "checks.h", "cpu/simd.h", "cuda/common.cuh"]
+HEADERS = ["kernels.h", "checks.h", "cpu/line_writer.h", "cpu/simd.h", "cuda/common.cuh"]
 
 
 def package_version() -> str:

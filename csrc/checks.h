@@ -130,6 +130,44 @@ inline void check_keep(const Tensor& keep, int64_t units) {
   }
 }
 
+// First and last byte that a non-empty tensor with contiguous rows touches.
+struct Extent {
+  const char* first;
+  const char* last;
+};
+inline Extent extent_of(const Tensor& tensor) {
+  const char* first = static_cast<const char*>(tensor.const_data_ptr());
+  const int64_t elements = (rows_of(tensor) - 1) * row_stride_of(tensor) + cols_of(tensor);
+  return {first, first + elements * int64_t(tensor.element_size()) - 1};
+}
+inline bool overlap(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;
+  const Extent x = extent_of(a), y = extent_of(b);
+  return x.first <= y.last && y.first <= x.last;
+}
+
+// Preallocated outputs: contiguous, like the tensors but for their shape, in memory of their own.
+inline void check_outputs(const std::vector<Tensor>& out, const std::vector<Tensor>& tensors,
+                          const std::vector<std::vector<int64_t>>& shapes) {
+  STD_TORCH_CHECK(out.size() == tensors.size(), "out: expected one for each of ", tensors.size(),
+                  " tensors, got ", out.size());
+  for (size_t i = 0; i < out.size(); ++i) {
+    const std::string name = element_name("out", i);
+    STD_TORCH_CHECK(join(out[i].sizes()) == join(shapes[i]), name, ": expected shape ", join(shapes[i]),
+                    ", got ", join(out[i].sizes()));
+    STD_TORCH_CHECK(out[i].scalar_type() == tensors[i].scalar_type(), name,
+                    ": expected the dtype of tensors[", i, "] (scalar type ", int(tensors[i].scalar_type()),
+                    "), got scalar type ", int(out[i].scalar_type()));
+    check_same_device(name, out[i], tensors[i]);
+    STD_TORCH_CHECK(out[i].is_contiguous(), name, ": expected a contiguous tensor, got strides ",
+                    join(out[i].strides()));
+    for (size_t j = 0; j < tensors.size(); ++j) {
+      STD_TORCH_CHECK(!overlap(out[i], tensors[j]), name, ": shares memory with tensors[", j, "]");
+      STD_TORCH_CHECK(j >= i || !overlap(out[i], out[j]), name, ": shares memory with out[", j, "]");
+    }
+  }
+}
+
 inline Mode parse_mode(const std::string& mode) {
   static const char* const names[] = {"first", "vectorize",    "second",
                                       "mixed", "magnitude_l1", "magnitude_l2"};

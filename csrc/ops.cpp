@@ -60,17 +60,23 @@ struct GatherArguments {
   std::vector<GatherMember> members;
 };
 
+// The outputs are new ones without `out`.
 GatherArguments gather_arguments(const std::vector<Tensor>& tensors, const std::vector<int64_t>& dims,
-                                 const std::vector<int64_t>& group_sizes, const Tensor& keep) {
+                                 const std::vector<int64_t>& group_sizes, const Tensor& keep,
+                                 const std::vector<Tensor>* out) {
   check_keep(keep, check_members("tensors", tensors, dims, group_sizes));
   GatherArguments arguments;
+  std::vector<std::vector<int64_t>> shapes;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const int32_t size = int32_t(tensors[i].element_size());
     STD_TORCH_CHECK(size == 1 || size == 2 || size == 4 || size == 8, element_name("tensors", i),
                     ": expected elements of 1, 2, 4 or 8 bytes, got ", size);
-    std::vector<int64_t> shape(tensors[i].sizes().begin(), tensors[i].sizes().end());
-    shape[size_t(dims[i])] = keep.numel() * group_sizes[i];
-    Tensor output = torch::stable::new_empty(tensors[i], shape);
+    shapes.emplace_back(tensors[i].sizes().begin(), tensors[i].sizes().end());
+    shapes[i][size_t(dims[i])] = keep.numel() * group_sizes[i];
+  }
+  if (out != nullptr) check_outputs(*out, tensors, shapes);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    Tensor output = out != nullptr ? (*out)[i] : torch::stable::new_empty(tensors[i], shapes[i]);
     GatherMember member = {};
     member.source = tensors[i].const_data_ptr();
     member.target = output.mutable_data_ptr();
@@ -79,7 +85,7 @@ GatherArguments gather_arguments(const std::vector<Tensor>& tensors, const std::
     member.cols = cols_of(tensors[i]);
     member.group_size = group_sizes[i];
     member.dim = tensors[i].dim() == 1 ? 1 : int32_t(dims[i]);
-    member.element_size = size;
+    member.element_size = int32_t(tensors[i].element_size());
     arguments.outputs.push_back(output);
     arguments.members.push_back(member);
   }
@@ -142,12 +148,21 @@ Tensor unit_importance_cpu(std::vector<Tensor> weights, std::vector<Tensor> grad
   return scores;
 }
 
-std::vector<Tensor> gather_units_cpu(std::vector<Tensor> tensors, std::vector<int64_t> dims,
-                                     std::vector<int64_t> group_sizes, Tensor keep) {
-  const GatherArguments arguments = gather_arguments(tensors, dims, group_sizes, keep);
+void run_gather_cpu(const GatherArguments& arguments, const Tensor& keep) {
   ap_cpu_gather_units(arguments.members.data(), int64_t(arguments.members.size()),
                       keep.const_data_ptr<int64_t>(), keep.numel(), parallel_for);
+}
+
+std::vector<Tensor> gather_units_cpu(std::vector<Tensor> tensors, std::vector<int64_t> dims,
+                                     std::vector<int64_t> group_sizes, Tensor keep) {
+  const GatherArguments arguments = gather_arguments(tensors, dims, group_sizes, keep, nullptr);
+  run_gather_cpu(arguments, keep);
   return arguments.outputs;
+}
+
+void gather_units_out_cpu(std::vector<Tensor> tensors, std::vector<int64_t> dims,
+                          std::vector<int64_t> group_sizes, Tensor keep, std::vector<Tensor> out) {
+  run_gather_cpu(gather_arguments(tensors, dims, group_sizes, keep, &out), keep);
 }
 
 Tensor residual_similarity_cpu(Tensor h_in, Tensor h_out, std::string metric) {
@@ -199,19 +214,35 @@ Tensor unit_importance_cuda(std::vector<Tensor> weights, std::vector<Tensor> gra
   return scores;
 }
 
-std::vector<Tensor> gather_units_cuda(std::vector<Tensor> tensors, std::vector<int64_t> dims,
-                                      std::vector<int64_t> group_sizes, Tensor keep) {
-  STD_TORCH_CHECK(!tensors.empty() && tensors[0].is_cuda(), "tensors: expected tensors on a cuda device");
-  const torch::stable::accelerator::DeviceGuard guard(tensors[0].get_device_index());
-  const GatherArguments arguments = gather_arguments(tensors, dims, group_sizes, keep);
-  void* stream = current_stream(tensors[0].get_device_index());
-  Tensor device_keep = torch::stable::new_empty(tensors[0], {keep.numel()}, ScalarType::Long);
+void run_gather_cuda(const GatherArguments& arguments, const Tensor& keep) {
+  const Tensor& first = arguments.outputs[0];
+  void* stream = current_stream(first.get_device_index());
+  Tensor device_keep = torch::stable::new_empty(first, {keep.numel()}, ScalarType::Long);
   check_launch("gather_units", ap_cuda_upload(device_keep.mutable_data_ptr(), keep.const_data_ptr(),
                                               keep.numel() * int64_t(sizeof(int64_t)), stream));
   check_launch("gather_units",
                ap_cuda_gather_units(arguments.members.data(), int64_t(arguments.members.size()),
                                     device_keep.const_data_ptr<int64_t>(), keep.numel(), stream));
+}
+
+void check_on_cuda(const std::vector<Tensor>& tensors) {
+  STD_TORCH_CHECK(!tensors.empty() && tensors[0].is_cuda(), "tensors: expected tensors on a cuda device");
+}
+
+std::vector<Tensor> gather_units_cuda(std::vector<Tensor> tensors, std::vector<int64_t> dims,
+                                      std::vector<int64_t> group_sizes, Tensor keep) {
+  check_on_cuda(tensors);
+  const torch::stable::accelerator::DeviceGuard guard(tensors[0].get_device_index());
+  const GatherArguments arguments = gather_arguments(tensors, dims, group_sizes, keep, nullptr);
+  run_gather_cuda(arguments, keep);
   return arguments.outputs;
+}
+
+void gather_units_out_cuda(std::vector<Tensor> tensors, std::vector<int64_t> dims,
+                           std::vector<int64_t> group_sizes, Tensor keep, std::vector<Tensor> out) {
+  check_on_cuda(tensors);
+  const torch::stable::accelerator::DeviceGuard guard(tensors[0].get_device_index());
+  run_gather_cuda(gather_arguments(tensors, dims, group_sizes, keep, &out), keep);
 }
 
 Tensor residual_similarity_cuda(Tensor h_in, Tensor h_out, std::string metric) {
@@ -237,12 +268,16 @@ STABLE_TORCH_LIBRARY(adapt_pruner, m) {
       "str mode) -> Tensor");
   // keep is host data (it comes from a plan) for tensors of every device
   m.def("gather_units(Tensor[] tensors, int[] dims, int[] group_sizes, Tensor keep) -> Tensor[]");
+  m.def(
+      "gather_units.out(Tensor[] tensors, int[] dims, int[] group_sizes, Tensor keep, *, Tensor(a!)[] out) "
+      "-> ()");
   m.def("residual_similarity(Tensor h_in, Tensor h_out, str metric) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(adapt_pruner, CPU, m) {
   m.impl("unit_importance", TORCH_BOX(&unit_importance_cpu));
   m.impl("gather_units", TORCH_BOX(&gather_units_cpu));
+  m.impl("gather_units.out", TORCH_BOX(&gather_units_out_cpu));
   m.impl("residual_similarity", TORCH_BOX(&residual_similarity_cpu));
 }
 
@@ -250,6 +285,7 @@ STABLE_TORCH_LIBRARY_IMPL(adapt_pruner, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(adapt_pruner, CUDA, m) {
   m.impl("unit_importance", TORCH_BOX(&unit_importance_cuda));
   m.impl("gather_units", TORCH_BOX(&gather_units_cuda));
+  m.impl("gather_units.out", TORCH_BOX(&gather_units_out_cuda));
   m.impl("residual_similarity", TORCH_BOX(&residual_similarity_cuda));
 }
 #endif

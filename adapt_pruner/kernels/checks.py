@@ -35,7 +35,11 @@ def check_importance(
 
 
 def check_gather(
-    tensors: Sequence[Tensor], dims: Sequence[int], group_sizes: Sequence[int], keep: Tensor
+    tensors: Sequence[Tensor],
+    dims: Sequence[int],
+    group_sizes: Sequence[int],
+    keep: Tensor,
+    out: Sequence[Tensor] | None = None,
 ) -> None:
     units = check_members("tensors", tensors, dims, group_sizes)
     for i, tensor in enumerate(tensors):
@@ -48,6 +52,18 @@ def check_gather(
         raise ValueError(f"keep: expected a 1-D int64 tensor, got {keep.dim()}-D {keep.dtype}")
     if not torch.compiler.is_compiling():  # values are unknown while tracing; the native op checks them too
         _check_keep_values(keep.cpu(), units)
+    if out is not None:
+        _check_outputs(out, tensors, gathered_shapes(tensors, dims, group_sizes, keep))
+
+
+def gathered_shapes(
+    tensors: Sequence[Tensor], dims: Sequence[int], group_sizes: Sequence[int], keep: Tensor
+) -> list[list[int]]:
+    """The shapes of the tensors restricted to the kept units."""
+    shapes = [list(tensor.shape) for tensor in tensors]
+    for shape, dim, group_size in zip(shapes, dims, group_sizes, strict=True):
+        shape[dim] = keep.shape[0] * group_size
+    return shapes
 
 
 def check_similarity(h_in: Tensor, h_out: Tensor, metric: str) -> None:
@@ -131,6 +147,41 @@ def _check_companions(
             )
         if companion.device != weight.device:
             raise ValueError(f"{name}[{i}]: expected device {weight.device}, got {companion.device}")
+
+
+def _check_outputs(out: Sequence[Tensor], tensors: Sequence[Tensor], shapes: list[list[int]]) -> None:
+    if len(out) != len(tensors):
+        raise ValueError(f"out: expected one for each of {len(tensors)} tensors, got {len(out)}")
+    for i, (output, tensor, shape) in enumerate(zip(out, tensors, shapes, strict=True)):
+        if list(output.shape) != shape:
+            raise ValueError(f"out[{i}]: expected shape {shape}, got {list(output.shape)}")
+        if output.dtype != tensor.dtype:
+            raise ValueError(
+                f"out[{i}]: expected the dtype of tensors[{i}] ({tensor.dtype}), got {output.dtype}"
+            )
+        if output.device != tensor.device:
+            raise ValueError(f"out[{i}]: expected device {tensor.device}, got {output.device}")
+        if not output.is_contiguous():
+            raise ValueError(f"out[{i}]: expected a contiguous tensor, got strides {output.stride()}")
+        if torch.compiler.is_compiling():  # addresses are unknown; the native op checks them too
+            continue
+        for name, others in (("tensors", tensors), ("out", out[:i])):
+            for j, other in enumerate(others):
+                if _overlap(output, other):
+                    raise ValueError(f"out[{i}]: shares memory with {name}[{j}]")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    if a.numel() == 0 or b.numel() == 0 or a.device != b.device or a.device.type == "meta":
+        return False
+    (first_a, end_a), (first_b, end_b) = _extent(a), _extent(b)
+    return first_a < end_b and first_b < end_a
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses from the first element to behind the last one."""
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (steps + 1) * tensor.element_size()
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from adapt_pruner.kernels import reference
 from adapt_pruner.kernels.backends import choose_backend, extension_loaded
-from adapt_pruner.kernels.checks import NATIVE_DTYPES, check_gather, check_importance, check_similarity
+from adapt_pruner.kernels.checks import (
+    NATIVE_DTYPES,
+    check_gather,
+    check_importance,
+    check_similarity,
+    gathered_shapes,
+)
 
 
 @torch.no_grad()
@@ -72,6 +78,7 @@ def gather_units(
     group_sizes: Sequence[int],
     keep: Tensor,
     *,
+    out: Sequence[Tensor] | None = None,
     backend: str = "auto",
 ) -> list[Tensor]:
     """Restrict every member of a unit kind (weights, biases, optimizer moments) to the kept units.
@@ -82,17 +89,24 @@ def gather_units(
         group_sizes: indices per unit along that dimension.
         keep: [kept], int64, sorted, each unit once; may be empty. Host data: a CUDA tensor is copied over,
             which waits for the device.
+        out: where the results go, contiguous and of their shapes, dtypes and device, sharing no memory with
+            the tensors or each other. Reused buffers save the page faults of new ones, which cost more than
+            the gather itself.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
     Returns:
-        One new contiguous tensor per member, with kept * group_size indices along its dimension.
+        One contiguous tensor per member, with kept * group_size indices along its dimension: new, or `out`.
     Raises:
         ValueError: shapes, strides or devices do not fit, a unit is out of range, repeated or out of order.
         BackendUnavailable: the named backend is not built or not usable here.
     """
-    check_gather(tensors, dims, group_sizes, keep)
+    check_gather(tensors, dims, group_sizes, keep, out)
     if choose_backend(backend, tensors[0].device) == "reference":
-        return reference.gather_units(tensors, dims, group_sizes, keep)
-    return torch.ops.adapt_pruner.gather_units(list(tensors), list(dims), list(group_sizes), keep.cpu())
+        return reference.gather_units(tensors, dims, group_sizes, keep, out)
+    arguments = (list(tensors), list(dims), list(group_sizes), keep.cpu())
+    if out is None:
+        return torch.ops.adapt_pruner.gather_units(*arguments)
+    torch.ops.adapt_pruner.gather_units.out(*arguments, out=list(out))
+    return list(out)
 
 
 @torch.no_grad()
@@ -150,12 +164,14 @@ def _fake_unit_importance(
 def _fake_gather_units(
     tensors: list[Tensor], dims: list[int], group_sizes: list[int], keep: Tensor
 ) -> list[Tensor]:
-    outputs = []
-    for tensor, dim, group_size in zip(tensors, dims, group_sizes, strict=True):
-        shape = list(tensor.shape)
-        shape[dim] = keep.shape[0] * group_size
-        outputs.append(tensor.new_empty(shape))
-    return outputs
+    shapes = gathered_shapes(tensors, dims, group_sizes, keep)
+    return [tensor.new_empty(shape) for tensor, shape in zip(tensors, shapes, strict=True)]
+
+
+def _fake_gather_units_out(
+    tensors: list[Tensor], dims: list[int], group_sizes: list[int], keep: Tensor, *, out: list[Tensor]
+) -> None:
+    return None
 
 
 def _fake_residual_similarity(h_in: Tensor, h_out: Tensor, metric: str) -> Tensor:
@@ -165,4 +181,5 @@ def _fake_residual_similarity(h_in: Tensor, h_out: Tensor, metric: str) -> Tenso
 if extension_loaded():
     torch.library.register_fake("adapt_pruner::unit_importance", _fake_unit_importance)
     torch.library.register_fake("adapt_pruner::gather_units", _fake_gather_units)
+    torch.library.register_fake("adapt_pruner::gather_units.out", _fake_gather_units_out)
     torch.library.register_fake("adapt_pruner::residual_similarity", _fake_residual_similarity)

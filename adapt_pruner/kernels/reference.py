@@ -40,7 +40,11 @@ def unit_importance(
 
 
 def gather_units(
-    tensors: Sequence[Tensor], dims: Sequence[int], group_sizes: Sequence[int], keep: Tensor
+    tensors: Sequence[Tensor],
+    dims: Sequence[int],
+    group_sizes: Sequence[int],
+    keep: Tensor,
+    out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Every tensor restricted to the kept units; see `adapt_pruner.kernels.gather_units`."""
     outputs = []
@@ -48,7 +52,11 @@ def gather_units(
         within = torch.arange(group_size, device=keep.device)
         index = (keep[:, None] * group_size + within).reshape(-1)
         outputs.append(tensor.index_select(dim, index.to(tensor.device)))
-    return outputs
+    if out is None:
+        return outputs
+    for buffer, output in zip(out, outputs, strict=True):
+        buffer.copy_(output)
+    return list(out)
 
 
 def residual_similarity(h_in: Tensor, h_out: Tensor, metric: str) -> Tensor:

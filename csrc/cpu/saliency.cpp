@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kSumBlock = 2048;    // elements of a row per fp32 sum: 64 per lane
 constexpr int64_t kRowBlock = 128;     // rows per fp32 column sum: 32 additions of four rows
-constexpr int64_t kColumnTile = 2048;  // columns whose sums stay in the first-level cache (8 KB)
+constexpr int64_t kColumnTile = 16384;  // columns whose sums stay in the second-level cache (64 KB)
 constexpr int kUnroll = 4;             // independent accumulators, or rows read at once
 
 // Float is float or Float8.

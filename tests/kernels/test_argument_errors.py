@@ -11,6 +11,7 @@ from adapt_pruner.kernels.backends import extension_loaded
 
 W = torch.ones(4, 6)
 CROSSED = torch.ones(6, 4).t()
+SHARED = torch.ones(1, 6)
 
 IMPORTANCE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown mode": ({"mode": "third"}, "mode 'third': expected one of first, vectorize"),
@@ -63,6 +64,22 @@ GATHER_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "columns not contiguous": ({"tensors": [CROSSED]}, "tensors[0]: expected contiguous rows"),
 }
 
+OUT_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "no outputs": ({"out": []}, "out: expected one for each of 1 tensors, got 0"),
+    "out of another shape": ({"out": [torch.ones(2, 6)]}, "out[0]: expected shape [1, 6], got [2, 6]"),
+    "out of another dtype": ({"out": [torch.ones(1, 6).int()]}, "out[0]: expected the dtype of tensors[0]"),
+    "out not contiguous": (
+        {"out": [torch.ones(4, 2)[:, :1]], "dims": [1]},
+        "out[0]: expected a contiguous tensor, got strides",
+    ),
+    "out is its tensor": ({"out": [W[1:2]]}, "out[0]: shares memory with tensors[0]"),
+    "out is used twice": (
+        {"tensors": [W, W], "dims": [0, 0], "group_sizes": [1, 1], "out": [SHARED, SHARED]},
+        "out[1]: shares memory with out[0]",
+    ),
+    "bad keep": ({"out": [SHARED], "keep": torch.tensor([7])}, "keep[0] = 7: expected 0 <= unit < 4"),
+}
+
 SIMILARITY_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown metric": ({"metric": "angle"}, "metric 'angle': expected one of cosine, euclidean, manhattan"),
     "shapes differ": ({"h_out": torch.ones(4, 5)}, "h_out: expected the shape of h_in"),
@@ -83,6 +100,7 @@ ALL_ERRORS = [
     for op, defaults, errors in (
         (unit_importance, IMPORTANCE_ARGUMENTS, IMPORTANCE_ERRORS),
         (gather_units, GATHER_ARGUMENTS, GATHER_ERRORS),
+        (gather_units, GATHER_ARGUMENTS, OUT_ERRORS),
         (residual_similarity, SIMILARITY_ARGUMENTS, SIMILARITY_ERRORS),
     )
     for name, (changes, message) in errors.items()
@@ -102,8 +120,10 @@ def test_native_op_checks_by_itself(op: Any, arguments: dict[str, Any], message:
     tensors = arguments.get("weights", arguments.get("tensors"))
     if tensors == []:
         pytest.skip("without a tensor the dispatcher finds no device to run on")
+    packet = getattr(torch.ops.adapt_pruner, op.__name__)
+    native_op = packet.out if "out" in arguments else packet.default
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        getattr(torch.ops.adapt_pruner, op.__name__)(**arguments)
+        native_op(**arguments)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -118,6 +138,8 @@ def test_devices_must_agree() -> None:
         unit_importance([W, elsewhere], [W, W], [0, 0], [1, 1])
     with pytest.raises(ValueError, match=r"grads\[0\]: expected device cpu, got meta"):
         unit_importance([W], [elsewhere], [0], [1])
+    with pytest.raises(ValueError, match=r"out\[0\]: expected device cpu, got meta"):
+        gather_units([W], [0], [1], torch.tensor([0]), out=[torch.ones(1, 6, device="meta")])
     with pytest.raises(ValueError, match="h_out: expected the device of h_in cpu, got meta"):
         residual_similarity(W, elsewhere)
 

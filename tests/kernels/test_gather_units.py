@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -100,3 +102,83 @@ def test_float8_and_special_values_keep_their_bits(native_cpu: str) -> None:
 def test_parameters_that_require_gradients() -> None:
     (result,) = gather_units([torch.nn.Parameter(torch.randn(4, 3))], [0], [1], torch.tensor([1]))
     assert not result.requires_grad
+
+
+WIDTHS = [1, 7, 8, 9, 31, 33, 257, 2049]
+GUARD = 64
+
+
+def guarded(shape: list[int], dtype: torch.dtype, offset: int) -> tuple[Tensor, Tensor]:
+    """An output, `offset` elements off a cache line, and the bytes around it: all 0xA5."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    numel = shape[0] * shape[1]
+    around = torch.full((numel * size + 3 * GUARD + offset * size,), 0xA5, dtype=torch.uint8)
+    start = -around.data_ptr() % GUARD + GUARD + offset * size
+    return around[start : start + numel * size].view(dtype).view(shape), around
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_out_is_written_and_nothing_around_it(
+    native_cpu: str, backend: str, dtype: torch.dtype, width: int
+) -> None:
+    for (name, units), dim in itertools.product(keep_lists(width).items(), (0, 1)):
+        shape = (width, 5) if dim == 0 else (5, width)
+        tensor = random_tensor(shape, dtype)
+        keep = torch.tensor(units, dtype=torch.int64)
+        expected = tensor.index_select(dim, keep)
+        for offset in (0, 1, 5):
+            out, around = guarded(list(expected.shape), dtype, offset)
+            before = around.clone()
+            (result,) = gather_units([tensor], [dim], [1], keep, out=[out], backend=backend)
+            assert result is out
+            assert torch.equal(out, expected), (name, dim, offset)
+            out.view(-1).view(torch.uint8).fill_(0xA5)
+            assert torch.equal(around, before), (name, dim, offset)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_byte_behind_an_output_row_is_written(native_cpu: str, dtype: torch.dtype, width: int) -> None:
+    tensor = random_tensor((3, width), dtype)
+    keep = torch.arange(0, width, 2)
+    for row in range(3):  # the bytes behind each row, were it the last one
+        out, around = guarded([row + 1, len(keep)], dtype, 1)
+        gather_units([tensor[: row + 1]], [1], [1], keep, out=[out], backend=native_cpu)
+        end = out.data_ptr() - around.data_ptr() + out.nbytes
+        assert (around[end:] == 0xA5).all()
+        assert torch.equal(out, tensor[: row + 1, ::2])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("group_size", "dim"), [(1, 0), (1, 1), (37, 1), (129, 1), (3, 0)])
+def test_large_outputs_go_around_the_caches(
+    native_cpu: str, threads: None, dtype: torch.dtype, group_size: int, dim: int
+) -> None:
+    units, other = 2053 // group_size, 4099
+    size = torch.empty(0, dtype=dtype).element_size()
+    shape = [units * group_size, other] if dim == 0 else [other, units * group_size]
+    tensor = random_tensor((shape[0], shape[1]), dtype)
+    keep = torch.tensor(keep_lists(units)["random"])
+    shape[dim] = len(keep) * group_size
+    assert shape[0] * shape[1] * size > 4 << 20
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        out, around = guarded(shape, dtype, count)
+        gather_units([tensor], [dim], [group_size], keep, out=[out], backend=native_cpu)
+        assert torch.equal(out, reference.gather_units([tensor], [dim], [group_size], keep)[0])
+        start = out.data_ptr() - around.data_ptr()
+        assert (around[:start] == 0xA5).all()
+        assert (around[start + out.nbytes :] == 0xA5).all()
+
+
+def test_out_of_several_members(native_cpu: str) -> None:
+    tensors = [torch.randn(8, 5), torch.randn(3, 16), torch.randn(8)]
+    keep = torch.tensor([0, 3])
+    buffers = [torch.empty(4, 5), torch.empty(3, 8), torch.empty(4)]
+    for backend in (native_cpu, "reference"):
+        for buffer in buffers:
+            buffer.fill_(torch.nan)
+        gather_units(tensors, [0, 1, 0], [2, 4, 2], keep, out=buffers, backend=backend)
+        assert_same(buffers, tensors, reference.gather_units(tensors, [0, 1, 0], [2, 4, 2], keep))

@@ -63,6 +63,9 @@ def test_gather(dtype: torch.dtype, group_size: int) -> None:
         results = gather_units(tensors, dims, group_sizes, keep, backend="cuda")
         expected = reference.gather_units(tensors, dims, group_sizes, keep.cpu())
         assert all(torch.equal(result, truth) for result, truth in zip(results, expected, strict=True))
+        buffers = [torch.zeros_like(result) for result in results]
+        gather_units(tensors, dims, group_sizes, keep, out=buffers, backend="cuda")
+        assert all(torch.equal(buffer, truth) for buffer, truth in zip(buffers, expected, strict=True))
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -28,6 +28,14 @@ def test_opcheck_gather_units(keep: list[int]) -> None:
     torch.library.opcheck(torch.ops.adapt_pruner.gather_units.default, arguments)
 
 
+@pytest.mark.parametrize("keep", [[], [0, 2, 3]])
+def test_opcheck_gather_units_out(keep: list[int]) -> None:
+    tensors = [torch.randn(8, 3), torch.randn(3, 4), torch.randn(4)]
+    out = [torch.zeros(2 * len(keep), 3), torch.zeros(3, len(keep)), torch.zeros(len(keep))]
+    arguments = (tensors, [0, 1, 0], [2, 1, 1], torch.tensor(keep, dtype=torch.int64))
+    torch.library.opcheck(torch.ops.adapt_pruner.gather_units.out, arguments, {"out": out})
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_opcheck_residual_similarity(metric: str) -> None:
     arguments = (torch.randn(2, 5, 8), torch.randn(2, 5, 8), metric)
@@ -44,6 +52,17 @@ def test_compiles_without_graph_breaks() -> None:
     compiled = torch.compile(score_and_gather, backend="aot_eager", fullgraph=True)
     for got, expected in zip(compiled(*arguments), score_and_gather(*arguments), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_preallocated_outputs_compile_without_graph_breaks() -> None:
+    def gather_into(weight: Tensor, keep: Tensor, buffer: Tensor) -> Tensor:
+        (kept,) = gather_units([weight], [1], [2], keep, out=[buffer])
+        return kept + 1
+
+    weight, keep, buffer = torch.randn(5, 12), torch.tensor([1, 2, 5]), torch.zeros(5, 6)
+    result = torch.compile(gather_into, backend="aot_eager", fullgraph=True)(weight, keep, buffer)
+    assert torch.equal(buffer, weight[:, [2, 3, 4, 5, 10, 11]])
+    assert torch.equal(result, buffer + 1)
 
 
 def test_same_bits_for_any_instruction_set_and_any_garbage_in_memory() -> None:
