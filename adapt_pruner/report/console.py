@@ -119,20 +119,20 @@ def show_inspected(console: Console, after: ModelSummary, before: ModelSummary |
         now = getattr(after.layers[i].widths, key)
         return f"{getattr(before.layers[i].widths, key)} → {now}" if before else str(now)
 
-    def cost(i: int, key: str) -> str:
-        now = f"{getattr(after.layers[i], key):,}"
-        return f"{getattr(before.layers[i], key):,} → {now}" if before else now
+    def cell_with_share(i: int, key: str) -> str:
+        now = getattr(after.layers[i], key)
+        return f"{now:,} ({now / getattr(before.layers[i], key):.0%})" if before else f"{now:,}"
 
-    table = Table("layer", "heads", "KV heads", "channels", "parameters", "FLOPs/token", "KV bytes/token")
+    table = Table("layer", "heads", "KV", "channels", "parameters", "FLOPs/token", "KV bytes")
     for i in range(len(after.layers)):
         table.add_row(
             str(i),
             cell(i, "num_attention_heads"),
             cell(i, "num_key_value_heads"),
             cell(i, "intermediate_size"),
-            cost(i, "parameters"),
-            cost(i, "flops_per_token"),
-            cost(i, "kv_cache_bytes_per_token"),
+            cell_with_share(i, "parameters"),
+            cell_with_share(i, "flops_per_token"),
+            cell_with_share(i, "kv_cache_bytes_per_token"),
         )
     console.print(table)
     totals = Table("total", *(["before"] if before else []), "after" if before else "", "")
@@ -144,7 +144,9 @@ def show_inspected(console: Console, after: ModelSummary, before: ModelSummary |
         else:
             totals.add_row(key.replace("_", " "), f"{now:,}", "")
     console.print(totals)
-    console.print(f"{after.model_type}, {after.dtype}; FLOPs at a context of {after.context} tokens")
+    console.print(
+        f"{after.model_type}, {after.dtype}; KV bytes per token; FLOPs at a context of {after.context} tokens"
+    )
 
 
 def show_doctor(console: Console, found: dict[str, Any]) -> None:
