@@ -119,20 +119,17 @@ def show_inspected(console: Console, after: ModelSummary, before: ModelSummary |
         now = getattr(after.layers[i].widths, key)
         return f"{getattr(before.layers[i].widths, key)} → {now}" if before else str(now)
 
-    def cell_with_share(i: int, key: str) -> str:
-        now = getattr(after.layers[i], key)
-        return f"{now:,} ({now / getattr(before.layers[i], key):.0%})" if before else f"{now:,}"
-
-    table = Table("layer", "heads", "KV", "channels", "parameters", "FLOPs/token", "KV bytes")
+    table = Table("layer", "heads", "KV", "channels", "parameters", "kept", "MFLOPs", "KV bytes")
     for i in range(len(after.layers)):
         table.add_row(
             str(i),
             cell(i, "num_attention_heads"),
             cell(i, "num_key_value_heads"),
             cell(i, "intermediate_size"),
-            cell_with_share(i, "parameters"),
-            cell_with_share(i, "flops_per_token"),
-            cell_with_share(i, "kv_cache_bytes_per_token"),
+            f"{after.layers[i].parameters:,}",
+            f"{after.layers[i].parameters / before.layers[i].parameters:.0%}" if before else "",
+            f"{after.layers[i].flops_per_token / 1e6:.2f}",
+            f"{after.layers[i].kv_cache_bytes_per_token:,}",
         )
     console.print(table)
     totals = Table("total", *(["before"] if before else []), "after" if before else "", "")
@@ -145,7 +142,7 @@ def show_inspected(console: Console, after: ModelSummary, before: ModelSummary |
             totals.add_row(key.replace("_", " "), f"{now:,}", "")
     console.print(totals)
     console.print(
-        f"{after.model_type}, {after.dtype}; KV bytes per token; FLOPs at a context of {after.context} tokens"
+        f"{after.model_type}, {after.dtype}; per token, FLOPs at a context of {after.context} tokens"
     )
 
 
