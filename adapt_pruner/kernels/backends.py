@@ -7,6 +7,7 @@ else: no CUDA context, no compiler, and never an exception. What is missing is r
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+OLDEST_TRITON_CAPABILITY = (7, 5)
 
 _warned_about_fallback = False
 
@@ -64,7 +66,7 @@ def backend_status() -> dict[str, str | None]:
         "reference": None,
         "cpu": _extension_problem,
         "cuda": _cuda_problem(),
-        "triton": "triton: kernels not part of this build",
+        "triton": _triton_problem(),
     }
 
 
@@ -84,8 +86,9 @@ def choose_backend(backend: str, device: torch.device) -> str:
     problem = backend_status()[backend]
     if problem is not None:
         raise BackendUnavailable(f"backend {backend!r} cannot be used: {problem}")
-    if device.type != backend:
-        raise ValueError(f"backend {backend!r} needs tensors on a {backend} device, got {device}")
+    needed = ("cpu" if _triton_is_interpreted() else "cuda") if backend == "triton" else backend
+    if device.type != needed:
+        raise ValueError(f"backend {backend!r} needs tensors on a {needed} device, got {device}")
     return backend
 
 
@@ -94,6 +97,11 @@ def _choose_automatically(device: torch.device) -> str:
         problem = _extension_problem
     elif device.type == "cuda":
         problem = _cuda_problem() or _architecture_problem(device)
+        if problem is not None:
+            problem_of_triton = _triton_problem() or _triton_architecture_problem(device)
+            if problem_of_triton is None:
+                return "triton"
+            problem = f"{problem}; triton: {problem_of_triton}"
     else:
         problem = f"no kernels for {device.type} devices"
     if problem is None:
@@ -132,3 +140,28 @@ def _architecture_problem(device: torch.device) -> str | None:
         if same_major or (entry.endswith("+PTX") and capability >= (major, minor)):
             return None
     return f"built for CUDA architectures {built}, {device} is {capability[0]}.{capability[1]}"
+
+
+def _triton_is_interpreted() -> bool:
+    """Triton's own switch, for tests: kernels run as Python on CPU tensors and nowhere else."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result  # imports are not for torch.compile to trace
+def _triton_problem() -> str | None:
+    """Why Triton's kernels cannot be used; None once they are imported and their ops registered."""
+    if not _triton_is_interpreted() and not torch.cuda.is_available():  # true for ROCm as well
+        return "no CUDA or ROCm device"
+    try:
+        for name in ("importance", "gather", "similarity"):
+            importlib.import_module(f"adapt_pruner.kernels.triton_{name}")
+    except Exception as error:  # absent, or broken in one of the many ways of compilers
+        return f"triton cannot be imported: {error}"
+    return None
+
+
+def _triton_architecture_problem(device: torch.device) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_TRITON_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{device} has architecture {major}.{minor}, older than 7.5"
+    return None
