@@ -16,8 +16,11 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,7 +59,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel on one target; spills and stack in bytes per thread, shared memory per block."""
+    """Of one kernel on one target; stack (spills, local memory) in bytes per thread, shared ones per block."""
 
     source: str
     kernel: str
@@ -65,7 +68,6 @@ class Resources:
     registers: int
     shared: int
     stack: int
-    spills: int
     load_bits: int  # widest load from global memory; 0 where it is not looked up
 
 
@@ -103,19 +105,18 @@ def _matrix(rows: int, cols: int, dtype: torch.dtype, layout: str) -> Tensor:
     return torch.empty(rows, cols, dtype=dtype)
 
 
-def importance_launches(
-    modes: tuple[str, ...] = MODES, layouts: tuple[str, ...] = ("aligned", "odd", "huge")
-) -> list[Launch]:
+def importance_launches() -> list[Launch]:
+    """Every mode and pair of dtypes for aligned rows; a mode of each number of tensors for the others."""
     launches: list[Launch] = []
-    for layout in layouts:
-        for dtype, name in DTYPES.items():
-            for companion, companion_name in DTYPES.items():
-                if companion not in (dtype, torch.float32) or (layout == "huge" and name != companion_name):
-                    continue
-                for mode in modes:
-                    if mode.startswith("magnitude") and companion != dtype:
-                        continue
-                    _record_importance(launches, mode, layout, dtype, companion)
+    for dtype in DTYPES:
+        for companion in dict.fromkeys((dtype, torch.float32)):
+            for mode in MODES:
+                if companion == dtype or not mode.startswith("magnitude"):
+                    _record_importance(launches, mode, "aligned", dtype, companion)
+            for mode in ("magnitude_l1", "first", "mixed"):
+                _record_importance(launches, mode, "odd", dtype, companion)
+    for mode in ("first", "vectorize"):
+        _record_importance(launches, mode, "huge", torch.bfloat16, torch.bfloat16)
     return _distinct(launches)
 
 
@@ -123,7 +124,9 @@ def _record_importance(
     launches: list[Launch], mode: str, layout: str, dtype: torch.dtype, companion: torch.dtype
 ) -> None:
     # Fisher diagonals and gradients may differ as well: both orders for `mixed`
-    pairs = {(companion, companion)} | ({(companion, dtype), (dtype, companion)} if mode == "mixed" else set())
+    pairs = {(companion, companion)} | (
+        {(companion, dtype), (dtype, companion)} if mode == "mixed" else set()
+    )
     for grad_dtype, fisher_dtype in sorted(pairs, key=str):
         variant = "_".join(
             [mode, DTYPES[dtype], DTYPES[grad_dtype]]
@@ -163,7 +166,7 @@ def gather_launches() -> list[Launch]:
                     source = torch.empty(rows, 2**31 + 16, dtype=word, device="meta")
                     columns = torch.empty(2**31 + 16, 3 * group_size, dtype=word, device="meta")
                 device_keep = keep.to(source.device)
-                variant = f"{word.itemsize * 8}bit_group{group_size}_{layout}"
+                variant = f"{8 * word.itemsize}bit_group{group_size}_{layout}"
                 with _recorded(triton_gather, variant, launches):
                     for dim, tensor in enumerate((source, columns)):
                         group = group_size if tensor.shape[dim] % group_size == 0 else 1
@@ -188,6 +191,11 @@ def similarity_launches() -> list[Launch]:
                 with _recorded(triton_similarity, f"{metric}_{name}_{layout}", launches):
                     triton_similarity.residual_similarity(hidden, hidden, metric)
     return _distinct(launches)
+
+
+@cache
+def all_launches() -> list[Launch]:
+    return importance_launches() + gather_launches() + similarity_launches()
 
 
 def _distinct(launches: list[Launch]) -> list[Launch]:
@@ -229,24 +237,26 @@ def resources_of(launch: Launch, target_name: str) -> Resources:
     return Resources("triton", launch.kernel.__name__, launch.variant, target_name, **values)
 
 
+def _resources_by_index(launch: int, target_name: str) -> Resources:
+    return resources_of(all_launches()[launch], target_name)  # kernels do not travel between processes
+
+
 def _measure_nvidia(asm: dict[str, Any]) -> dict[str, int]:
-    """From the machine code; spilled registers show as local memory and its loads and stores."""
+    """From the machine code: spilled registers live on the stack, local arrays in local memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        command = [str(CUOBJDUMP), "--dump-resource-usage", "--dump-sass", file.name]
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report)
     assert usage is not None, report
     registers, stack, shared, local = (int(value) for value in usage.groups())
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", report))
-    loads = [int(bits or 32) for bits in re.findall(r"\bLDG\.E(?:\.\w+)*?(?:\.(64|128|256))?\b", report)]
+    loads = re.findall(r"\bld\.global(?:\.L\w+)*(?:\.v(\d))?\.\w(\d+)", asm["ptx"])
     return {
         "registers": registers,
         "shared": shared,
         "stack": stack + local,
-        "spills": spills,
-        "load_bits": max(loads, default=0),
+        "load_bits": max((int(count or 1) * int(bits) for count, bits in loads), default=0),
     }
 
 
@@ -260,8 +270,8 @@ def _measure_amd(asm: dict[str, Any]) -> dict[str, int]:
     return {
         "registers": value("vgpr_count"),
         "shared": value("group_segment_fixed_size"),
-        "stack": value("private_segment_fixed_size"),
-        "spills": value("vgpr_spill_count") + value("sgpr_spill_count"),
+        "stack": value("private_segment_fixed_size")
+        + 4 * (value("vgpr_spill_count") + value("sgpr_spill_count")),
         "load_bits": max((32 * int(count or 1) for count in words), default=0),
     }
 
@@ -286,8 +296,7 @@ def cuda_resources(nvcc: str, target_name: str) -> list[Resources]:
                     target=target_name,
                     registers=int(registers),
                     shared=int(shared.group(1)) if shared else 0,
-                    stack=int(stack),
-                    spills=int(stores) + int(loads),
+                    stack=int(stack) + int(stores) + int(loads),
                     load_bits=0,
                 )
             )
@@ -305,8 +314,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=RESULTS)
     output = parser.parse_args().output
-    launches = importance_launches() + gather_launches() + similarity_launches()
-    rows = [resources_of(launch, target) for target in TARGETS for launch in launches]
+    count = len(all_launches())
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        targets = [target for target in TARGETS for _ in range(count)]
+        rows = list(pool.map(_resources_by_index, list(range(count)) * len(TARGETS), targets, chunksize=16))
     nvcc = shutil.which("nvcc")
     for target in TARGETS if nvcc else ():
         if target.startswith("sm_"):

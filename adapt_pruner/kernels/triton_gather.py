@@ -12,7 +12,7 @@ from torch.library import triton_op, wrap_triton
 
 ROW_TILE = {"ROWS": 4, "COLS": 1024}
 RUN_TILE = {"ROWS": 32, "COLS": 64}
-COLUMN_TILE = {"ROWS": 16, "COLS": 256}  # the source column is worked out once for all rows
+COLUMN_TILE = {"ROWS": 8, "COLS": 256}  # the source column is worked out once for all rows
 WARPS = 8
 RUN_WARPS = 4
 SHORTEST_RUN = 32  # columns per unit from which a program moves a run; half its lanes are busy then

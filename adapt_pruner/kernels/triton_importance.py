@@ -14,13 +14,14 @@ from torch.library import triton_op, wrap_triton
 
 from adapt_pruner.kernels.checks import MODES_WITH_FISHERS, MODES_WITH_GRADS
 
-# Elements of a tile: 16 per thread of 8 warps, so that each tensor is read in 2 to 4 loads of 16 bytes.
-ROW_TILE = {"ROWS": 4, "COLS": 1024}
-COLUMN_TILE = {"ROWS": 8, "COLS": 512}
+# Elements of a tile: 16 (rows) and 8 (columns) per thread, in loads of 16 bytes. Larger tiles spill.
+ROW_TILE = {"ROWS": 2, "COLS": 1024}
+COLUMN_TILE = {"ROWS": 8, "COLS": 256}
 ROWS_PER_BLOCK = 128  # of a matrix, added up by one program into a row of partial sums
 FOLD_TILE = {"ROWS": 16, "COLS": 64}
 UNIT_TILE = {"UNITS": 16, "INDICES": 64}
-WARPS = 8
+ROW_WARPS = 4
+COLUMN_WARPS = 8
 FOLD_WARPS = 4
 
 
@@ -187,7 +188,7 @@ def _index_scores(weight: Tensor, grad: Tensor, fisher: Tensor, dim: int, mode: 
     strides = [t.shape[0] if t.dim() == 1 else t.stride(0) for t in (weight, grad, fisher)]
     if weight.dim() == 2 and dim == 0:
         wrap_triton(row_scores)[(triton.cdiv(rows, ROW_TILE["ROWS"]),)](
-            weight, grad, fisher, scores, rows, cols, *strides, MODE=mode, **ROW_TILE, num_warps=WARPS
+            weight, grad, fisher, scores, rows, cols, *strides, MODE=mode, **ROW_TILE, num_warps=ROW_WARPS
         )
         return scores
     blocks = triton.cdiv(rows, ROWS_PER_BLOCK)
@@ -204,7 +205,7 @@ def _index_scores(weight: Tensor, grad: Tensor, fisher: Tensor, dim: int, mode: 
             MODE=mode,
             BLOCK=ROWS_PER_BLOCK,
             **COLUMN_TILE,
-            num_warps=WARPS,
+            num_warps=COLUMN_WARPS,
         )
     wrap_triton(column_scores)[(triton.cdiv(cols, FOLD_TILE["COLS"]),)](
         partial_sums, scores, blocks, cols, ABSOLUTE=mode == "vectorize", **FOLD_TILE, num_warps=FOLD_WARPS
