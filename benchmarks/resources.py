@@ -59,7 +59,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel on one target; stack (spills, local memory) in bytes per thread, shared ones per block."""
+    """Of one kernel on one target; stack (spills, local memory) in bytes per thread, shared per block."""
 
     source: str
     kernel: str

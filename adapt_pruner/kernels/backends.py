@@ -147,7 +147,6 @@ def _triton_is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result  # imports are not for torch.compile to trace
 def _triton_problem() -> str | None:
     """Why Triton's kernels cannot be used; None once they are imported and their ops registered."""
     if not _triton_is_interpreted() and not torch.cuda.is_available():  # true for ROCm as well
@@ -158,6 +157,11 @@ def _triton_problem() -> str | None:
     except Exception as error:  # absent, or broken in one of the many ways of compilers
         return f"triton cannot be imported: {error}"
     return None
+
+
+# torch.compile must not trace imports. This is all that torch.compiler.assume_constant_result does, but that
+# function imports the whole compiler, and triton with it.
+_triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton_architecture_problem(device: torch.device) -> str | None:

@@ -24,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture(params=["cuda", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """A backend of this GPU; one that cannot be used here (not built, no Triton) is skipped with its reason."""
+    """A backend of this GPU; one that cannot be used here is skipped with its reason."""
     problem = backend_status()[request.param]
     if problem is not None:
         pytest.skip(problem)

@@ -56,7 +56,7 @@ def test_compiles_without_spills(target: str) -> None:
 
 
 def test_a_kernel_that_spills_is_noticed() -> None:
-    launch = next(l for l in resources.all_launches() if l.variant == "mixed_fp32_fp32_fp32_aligned")
+    launch = next(x for x in resources.all_launches() if x.variant == "mixed_fp32_fp32_fp32_aligned")
     options = {**launch.options, "ROWS": 64, "num_warps": 1}
     starved = resources.Launch(launch.kernel, launch.variant, launch.arguments, options)
     assert resources.resources_of(starved, "sm_90").stack > 0
