@@ -62,12 +62,7 @@ def backend_status() -> dict[str, str | None]:
 
     Asks the driver whether there is a CUDA device, without creating a context on it.
     """
-    return {
-        "reference": None,
-        "cpu": _extension_problem,
-        "cuda": _cuda_problem(),
-        "triton": _triton_problem(),
-    }
+    return {backend: _problem_of(backend) for backend in BACKENDS if backend != "auto"}
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
@@ -83,13 +78,21 @@ def choose_backend(backend: str, device: torch.device) -> str:
         return backend
     if backend == "auto":
         return _choose_automatically(device)
-    problem = backend_status()[backend]
+    problem = _problem_of(backend)
     if problem is not None:
         raise BackendUnavailable(f"backend {backend!r} cannot be used: {problem}")
     needed = ("cpu" if _triton_is_interpreted() else "cuda") if backend == "triton" else backend
     if device.type != needed:
         raise ValueError(f"backend {backend!r} needs tensors on a {needed} device, got {device}")
     return backend
+
+
+def _problem_of(backend: str) -> str | None:
+    if backend == "cuda":
+        return _cuda_problem()
+    if backend == "triton":
+        return _triton_problem()
+    return _extension_problem if backend == "cpu" else None
 
 
 def _choose_automatically(device: torch.device) -> str:
@@ -159,13 +162,14 @@ def _triton_problem() -> str | None:
     return None
 
 
-# torch.compile must not trace imports. This is all that torch.compiler.assume_constant_result does, but that
-# function imports the whole compiler, and triton with it.
-_triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def _triton_architecture_problem(device: torch.device) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_TRITON_CAPABILITY:
         major, minor = torch.cuda.get_device_capability(device)
         return f"{device} has architecture {major}.{minor}, older than 7.5"
     return None
+
+
+# torch.compile must not trace imports and calls of the extension. torch.compiler.assume_constant_result does
+# no more than this, but imports the whole compiler, and triton with it.
+for _probe in (_cuda_problem, _architecture_problem, _triton_problem, _triton_architecture_problem):
+    _probe._dynamo_marked_constant = True  # type: ignore[attr-defined]

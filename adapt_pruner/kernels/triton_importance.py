@@ -14,13 +14,13 @@ from torch.library import triton_op, wrap_triton
 
 from adapt_pruner.kernels.checks import MODES_WITH_FISHERS, MODES_WITH_GRADS
 
-# Elements of a tile: 16 (rows) and 8 (columns) per thread, in loads of 16 bytes. Larger tiles spill.
+# Elements of a tile: 8 per thread, which is one or two loads of 16 bytes per tensor; 16 per thread spill.
 ROW_TILE = {"ROWS": 2, "COLS": 1024}
 COLUMN_TILE = {"ROWS": 8, "COLS": 256}
 ROWS_PER_BLOCK = 128  # of a matrix, added up by one program into a row of partial sums
 FOLD_TILE = {"ROWS": 16, "COLS": 64}
 UNIT_TILE = {"UNITS": 16, "INDICES": 64}
-ROW_WARPS = 4
+ROW_WARPS = 8
 COLUMN_WARPS = 8
 FOLD_WARPS = 4
 

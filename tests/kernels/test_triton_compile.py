@@ -7,7 +7,10 @@ import os
 import pytest
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed
+
+from adapt_pruner.kernels import backends, gather_units, residual_similarity, unit_importance
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -57,7 +60,7 @@ def test_compiles_without_spills(target: str) -> None:
 
 def test_a_kernel_that_spills_is_noticed() -> None:
     launch = next(x for x in resources.all_launches() if x.variant == "mixed_fp32_fp32_fp32_aligned")
-    options = {**launch.options, "ROWS": 64, "num_warps": 1}
+    options = {**launch.options, "num_warps": 1}
     starved = resources.Launch(launch.kernel, launch.variant, launch.arguments, options)
     assert resources.resources_of(starved, "sm_90").stack > 0
 
@@ -74,14 +77,29 @@ def test_table_of_resources_is_complete_and_without_spills() -> None:
     assert [row for row in rows if row["stack"] != "0"] == []
 
 
-def test_traces_into_the_kernels() -> None:
-    def score_and_gather(weight: Tensor, grad: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ops = torch.ops.adapt_pruner
-        scores = ops.triton_unit_importance([weight], [grad], [], [1], [2], "first")
-        (kept,) = ops.triton_gather_units([weight], [1], [2], keep)
-        return scores, kept, ops.triton_residual_similarity(weight, grad, "cosine")
+def test_compiles_into_one_graph_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the public functions down to the kernels' launches, which only a GPU could run."""
 
+    class Captured(Exception):
+        pass
+
+    graphs = []
+
+    def capture(module: torch.fx.GraphModule, inputs: list[Tensor]) -> None:
+        graphs.append(module.graph)
+        raise Captured
+
+    def score_and_gather(weight: Tensor, grad: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores = unit_importance([weight], [grad], [1], [2], backend="triton") * 2
+        (kept,) = gather_units([weight], [1], [2], keep, backend="triton")
+        return scores, kept + 1, residual_similarity(weight, grad, backend="triton")
+
+    monkeypatch.setattr(backends, "_triton_is_interpreted", lambda: True)  # lets CPU tensors through
     arguments = (torch.randn(5, 12), torch.randn(5, 12), torch.tensor([1, 2, 5]))
-    functional = torch.func.functionalize(score_and_gather)
-    graph = make_fx(functional, tracing_mode="symbolic")(*arguments).graph
-    assert "triton_" in str(graph)
+    compiler = aot_autograd(fw_compiler=capture, inference_compiler=capture)
+    with pytest.raises((BackendCompilerFailed, Captured), match=r"Captured|capture"):
+        torch.compile(score_and_gather, backend=compiler, fullgraph=True)(*arguments)
+    (graph,) = graphs
+    launched = [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    assert len(launched) == 3 + 1 + 2  # column sums, column scores, unit scores; columns; tokens, their mean
+    assert not [node for node in graph.nodes if "adapt_pruner" in str(node.target)]
