@@ -7,6 +7,7 @@ else: no CUDA context, no compiler, and never an exception. What is missing is r
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+OLDEST_TRITON_CAPABILITY = (7, 5)
 
 _warned_about_fallback = False
 
@@ -60,12 +62,7 @@ def backend_status() -> dict[str, str | None]:
 
     Asks the driver whether there is a CUDA device, without creating a context on it.
     """
-    return {
-        "reference": None,
-        "cpu": _extension_problem,
-        "cuda": _cuda_problem(),
-        "triton": "triton: kernels not part of this build",
-    }
+    return {backend: _problem_of(backend) for backend in BACKENDS if backend != "auto"}
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
@@ -81,12 +78,21 @@ def choose_backend(backend: str, device: torch.device) -> str:
         return backend
     if backend == "auto":
         return _choose_automatically(device)
-    problem = backend_status()[backend]
+    problem = _problem_of(backend)
     if problem is not None:
         raise BackendUnavailable(f"backend {backend!r} cannot be used: {problem}")
-    if device.type != backend:
-        raise ValueError(f"backend {backend!r} needs tensors on a {backend} device, got {device}")
+    needed = ("cpu" if _triton_is_interpreted() else "cuda") if backend == "triton" else backend
+    if device.type != needed:
+        raise ValueError(f"backend {backend!r} needs tensors on a {needed} device, got {device}")
     return backend
+
+
+def _problem_of(backend: str) -> str | None:
+    if backend == "cuda":
+        return _cuda_problem()
+    if backend == "triton":
+        return _triton_problem()
+    return _extension_problem if backend == "cpu" else None
 
 
 def _choose_automatically(device: torch.device) -> str:
@@ -94,6 +100,11 @@ def _choose_automatically(device: torch.device) -> str:
         problem = _extension_problem
     elif device.type == "cuda":
         problem = _cuda_problem() or _architecture_problem(device)
+        if problem is not None:
+            problem_of_triton = _triton_problem() or _triton_architecture_problem(device)
+            if problem_of_triton is None:
+                return "triton"
+            problem = f"{problem}; triton: {problem_of_triton}"
     else:
         problem = f"no kernels for {device.type} devices"
     if problem is None:
@@ -132,3 +143,33 @@ def _architecture_problem(device: torch.device) -> str | None:
         if same_major or (entry.endswith("+PTX") and capability >= (major, minor)):
             return None
     return f"built for CUDA architectures {built}, {device} is {capability[0]}.{capability[1]}"
+
+
+def _triton_is_interpreted() -> bool:
+    """Triton's own switch, for tests: kernels run as Python on CPU tensors and nowhere else."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_problem() -> str | None:
+    """Why Triton's kernels cannot be used; None once they are imported and their ops registered."""
+    if not _triton_is_interpreted() and not torch.cuda.is_available():  # true for ROCm as well
+        return "no CUDA or ROCm device"
+    try:
+        for name in ("importance", "gather", "similarity"):
+            importlib.import_module(f"adapt_pruner.kernels.triton_{name}")
+    except Exception as error:  # absent, or broken in one of the many ways of compilers
+        return f"triton cannot be imported: {error}"
+    return None
+
+
+def _triton_architecture_problem(device: torch.device) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_TRITON_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{device} has architecture {major}.{minor}, older than 7.5"
+    return None
+
+
+# torch.compile must not trace imports and calls of the extension. torch.compiler.assume_constant_result does
+# no more than this, but imports the whole compiler, and triton with it.
+for _probe in (_cuda_problem, _architecture_problem, _triton_problem, _triton_architecture_problem):
+    _probe._dynamo_marked_constant = True  # type: ignore[attr-defined]

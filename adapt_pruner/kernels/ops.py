@@ -6,6 +6,7 @@ None of them is differentiable: they read weights and gradients, and their resul
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -66,9 +67,11 @@ def unit_importance(
     chosen = _choose_for_dtypes(backend, tensors)
     if chosen == "reference":
         return reference.unit_importance(weights, grads, fishers, dims, group_sizes, mode)
-    return torch.ops.adapt_pruner.unit_importance(
-        list(weights), list(grads), list(fishers), list(dims), list(group_sizes), mode
-    )
+    arguments = (list(weights), list(grads), list(fishers), list(dims), list(group_sizes), mode)
+    if chosen == "triton":
+        with _device_of(weights[0]):
+            return torch.ops.adapt_pruner.triton_unit_importance(*arguments)
+    return torch.ops.adapt_pruner.unit_importance(*arguments)
 
 
 @torch.no_grad()
@@ -100,8 +103,20 @@ def gather_units(
         BackendUnavailable: the named backend is not built or not usable here.
     """
     check_gather(tensors, dims, group_sizes, keep, out)
-    if choose_backend(backend, tensors[0].device) == "reference":
+    chosen = choose_backend(backend, tensors[0].device)
+    if chosen == "reference":
         return reference.gather_units(tensors, dims, group_sizes, keep, out)
+    if chosen == "triton":
+        device_keep = keep.to(tensors[0].device).contiguous()
+        with _device_of(tensors[0]):
+            gathered = torch.ops.adapt_pruner.triton_gather_units(
+                list(tensors), list(dims), list(group_sizes), device_keep
+            )
+        if out is None:
+            return gathered
+        for target, value in zip(out, gathered, strict=True):
+            target.copy_(value)
+        return list(out)
     arguments = (list(tensors), list(dims), list(group_sizes), keep.cpu())
     if out is None:
         return torch.ops.adapt_pruner.gather_units(*arguments)
@@ -129,9 +144,14 @@ def residual_similarity(
     Source: arXiv 2502.03460 section 3.1.
     """
     check_similarity(h_in, h_out, metric)
-    if _choose_for_dtypes(backend, [h_in, h_out]) == "reference":
+    chosen = _choose_for_dtypes(backend, [h_in, h_out])
+    if chosen == "reference":
         return reference.residual_similarity(h_in, h_out, metric)
-    return torch.ops.adapt_pruner.residual_similarity(_token_rows(h_in), _token_rows(h_out), metric)
+    arguments = (_token_rows(h_in), _token_rows(h_out), metric)
+    if chosen == "triton":
+        with _device_of(h_in):
+            return torch.ops.adapt_pruner.triton_residual_similarity(*arguments)
+    return torch.ops.adapt_pruner.residual_similarity(*arguments)
 
 
 def _choose_for_dtypes(backend: str, tensors: Sequence[Tensor]) -> str:
@@ -142,6 +162,13 @@ def _choose_for_dtypes(backend: str, tensors: Sequence[Tensor]) -> str:
     if unsupported and chosen != "reference":
         raise ValueError(f"backend {backend!r} takes float32, float16 or bfloat16, got {unsupported[0]}")
     return chosen
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, wherever the tensors are; compiled code takes care of itself."""
+    if tensor.is_cuda and not torch.compiler.is_compiling():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
 
 
 def _token_rows(hidden: Tensor) -> Tensor:

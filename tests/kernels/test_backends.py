@@ -43,7 +43,8 @@ def test_status_names_every_backend_but_auto() -> None:
     status = backend_status()
     assert set(status) == set(BACKENDS) - {"auto"}
     assert status["reference"] is None
-    assert status["triton"] == "triton: kernels not part of this build"
+    if not torch.cuda.is_available():
+        assert status["triton"] == "no CUDA or ROCm device"
 
 
 def test_build_info_reports_what_was_compiled(native_cpu: str) -> None:
@@ -94,8 +95,51 @@ def test_unknown_and_missing_backends() -> None:
         ValueError, match="backend 'fast': expected one of auto, reference, cpu, cuda, triton"
     ):
         run("fast")
-    with pytest.raises(BackendUnavailable, match="triton: kernels not part of this build"):
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_triton_without_a_device() -> None:
+    with pytest.raises(BackendUnavailable, match="'triton' cannot be used: no CUDA or ROCm device"):
         run("triton")
+
+
+def test_broken_triton_is_a_reason_not_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert backends._triton_problem() is None
+
+    def fail(name: str) -> None:
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    assert backends._triton_problem() == "triton cannot be imported: No module named 'triton'"
+
+
+@pytest.mark.parametrize(
+    ("cuda_problem", "capability", "chosen"),
+    [
+        (None, (9, 0), "cuda"),
+        (None, (8, 0), "triton"),  # the native kernels are built for 9.0 alone
+        ("built without CUDA", (9, 0), "triton"),
+        ("built without CUDA", (7, 0), "reference"),
+    ],
+)
+def test_automatic_choice_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, cuda_problem: str | None, capability: tuple[int, int], chosen: str
+) -> None:
+    monkeypatch.setattr(backends, "_extension", fake_extension("13.0", "9.0", 13000))
+    monkeypatch.setattr(backends, "_cuda_problem", lambda: cuda_problem)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(backends, "_warned_about_fallback", False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert backends.choose_backend("auto", torch.device("cuda", 0)) == chosen
+    messages = [str(warning.message) for warning in caught]
+    expected = (
+        "adapt_pruner runs the slow reference ops: built without CUDA; triton: cuda:0 has architecture 7.0"
+    )
+    assert len(messages) == (chosen == "reference")
+    assert all(message.startswith(expected) for message in messages)
 
 
 def test_reasons_why_cuda_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +187,8 @@ def test_named_backend_on_the_wrong_device(native_cpu: str, monkeypatch: pytest.
 
 def test_import_touches_no_gpu() -> None:
     code = (
-        "import adapt_pruner.kernels as kernels, torch\n"
+        "import adapt_pruner.kernels as kernels, torch, sys\n"
+        "assert 'triton' not in sys.modules\n"
         "assert not torch.cuda.is_initialized()\n"
         "kernels.backend_status()\n"
         "assert not torch.cuda.is_initialized()\n"
