@@ -172,4 +172,4 @@ def _triton_architecture_problem(device: torch.device) -> str | None:
 # torch.compile must not trace imports and calls of the extension. torch.compiler.assume_constant_result does
 # no more than this, but imports the whole compiler, and triton with it.
 for _probe in (_cuda_problem, _architecture_problem, _triton_problem, _triton_architecture_problem):
-    _probe._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _probe.__dict__["_dynamo_marked_constant"] = True

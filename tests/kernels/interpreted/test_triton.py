@@ -4,8 +4,6 @@ The interpreter decides what @triton.jit makes of a kernel, so these tests need 
 TRITON_INTERPRET=1 from the start.
 """
 
-import os
-
 import pytest
 import torch
 from members import DTYPES, Members, assert_importance_within_budget, make_members
@@ -19,10 +17,6 @@ from adapt_pruner.kernels import (
     reference,
     residual_similarity,
     unit_importance,
-)
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="runs in a process with TRITON_INTERPRET=1"
 )
 
 
