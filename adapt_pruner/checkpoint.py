@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -267,8 +268,6 @@ def require_empty(target: Path) -> None:
 
 def require_free_space(target: Path, num_bytes: int) -> None:
     """Raises OSError (ENOSPC) when the file system of `target` has fewer free bytes than needed."""
-    import errno
-
     existing = next(p for p in (target, *target.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -52,11 +52,12 @@ def prune_layer(
         The layer's widths afterwards.
     """
     pruned = widths
+    prefix = family.layer_prefix.format(layer=layer)
+    parameters = {f"{prefix}.{name}": p for name, p in model.get_submodule(prefix).named_parameters()}
     for kind in family.unit_kinds:
         indices = keep[kind.name]
         if len(indices) == kind.count(widths):
             continue
-        parameters = dict(model.named_parameters())
         tensors = family.unit_tensors(kind, layer, widths, parameters)
         gathered = kernels.gather_units(
             [parameters[t.name].detach() for t in tensors],
@@ -76,9 +77,7 @@ def prune_layer(
     return pruned
 
 
-def apply_plan(
-    plan: PruningPlan, model: str | Path, output: str | Path, *, progress: Callable[[int], None] | None = None
-) -> Path:
+def apply_plan(plan: PruningPlan, model: str | Path, output: str | Path) -> Path:
     """Replays a plan on the checkpoint it was made for, shard by shard, without building the model.
 
     The weights keep the dtype they are stored in.
@@ -86,7 +85,6 @@ def apply_plan(
     Args:
         model: directory of the base model, safetensors.
         output: directory to create; it appears complete or not at all.
-        progress: called with the number of bytes read for each tensor done.
     Returns:
         `output`.
     Raises:
@@ -118,8 +116,6 @@ def apply_plan(
             for source in shard:
                 tensors[source.name] = source.read()
                 weight_map[source.name] = name
-                if progress:
-                    progress(source.info.end - source.info.start)
             save_file(tensors, partial / name, metadata={"format": "pt"})
         if len(shards) > 1:
             total = sum(source.num_bytes for shard in shards for source in shard)
