@@ -25,7 +25,14 @@ ROOT = Path(__file__).resolve().parent
 TORCH_TARGET_VERSION = "0x020a000000000000"  # the oldest libtorch the binary runs on: 2.10
 PYTHON_TAG = "cp310"
 DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
-CPU_SOURCES = ["ops.cpp", "cpu/dispatch.cpp", "cpu/saliency.cpp", "cpu/gather.cpp", "cpu/similarity.cpp"]
+CPU_SOURCES = [
+    "ops.cpp",
+    "cpu/dispatch.cpp",
+    "cpu/saliency.cpp",
+    "cpu/gather.cpp",
+    "cpu/similarity.cpp",
+    "cpu/activations.cpp",
+]
 CUDA_SOURCES = ["cuda/runtime.cu", "cuda/saliency.cu", "cuda/gather.cu", "cuda/similarity.cu"]
 HEADERS = ["kernels.h", "checks.h", "cpu/line_writer.h", "cpu/simd.h", "cuda/common.cuh"]
 

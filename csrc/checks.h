@@ -69,15 +69,31 @@ inline void check_same_device(const std::string& name, const Tensor& tensor, con
                   ", got ", device_name(tensor));
 }
 
-// Returns the number of units.
-inline int64_t check_members(const char* list, const std::vector<Tensor>& tensors,
-                             const std::vector<int64_t>& dims, const std::vector<int64_t>& group_sizes) {
+// The set of units that member i belongs to; without `sets` they all belong to one.
+inline size_t set_of(const std::vector<int64_t>& sets, size_t i) { return sets.empty() ? 0 : size_t(sets[i]); }
+
+inline void check_sets(const std::vector<int64_t>& sets, size_t members) {
+  STD_TORCH_CHECK(sets.empty() || sets.size() == members, "sets: expected one for each of ", members,
+                  " tensors, got ", sets.size());
+  for (size_t i = 0; i < sets.size(); ++i) {
+    const int64_t before = i == 0 ? -1 : sets[i - 1];
+    STD_TORCH_CHECK(sets[i] == before + 1 || (i > 0 && sets[i] == before), "sets[", i, "] = ", sets[i],
+                    ": expected sets numbered from 0, members of a set one after the other");
+  }
+}
+
+// Returns the number of units of each set.
+inline std::vector<int64_t> check_members(const char* list, const std::vector<Tensor>& tensors,
+                                          const std::vector<int64_t>& dims,
+                                          const std::vector<int64_t>& group_sizes,
+                                          const std::vector<int64_t>& sets = {}) {
   STD_TORCH_CHECK(!tensors.empty(), list, ": expected at least one tensor, got none");
   STD_TORCH_CHECK(dims.size() == tensors.size(), "dims: expected one for each of ", tensors.size(),
                   " tensors, got ", dims.size());
   STD_TORCH_CHECK(group_sizes.size() == tensors.size(), "group_sizes: expected one for each of ",
                   tensors.size(), " tensors, got ", group_sizes.size());
-  int64_t units = -1;
+  check_sets(sets, tensors.size());
+  std::vector<int64_t> units;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const std::string name = element_name(list, i);
     check_layout(name, tensors[i]);
@@ -88,9 +104,9 @@ inline int64_t check_members(const char* list, const std::vector<Tensor>& tensor
     STD_TORCH_CHECK(group_sizes[i] >= 1 && length % group_sizes[i] == 0, "group_sizes[", i,
                     "]: expected a divisor of the ", length, " indices of dimension ", dims[i], ", got ",
                     group_sizes[i]);
-    STD_TORCH_CHECK(units < 0 || length / group_sizes[i] == units, name, ": expected ", units,
-                    " units as in ", list, "[0], got ", length / group_sizes[i]);
-    units = length / group_sizes[i];
+    if (set_of(sets, i) == units.size()) units.push_back(length / group_sizes[i]);
+    STD_TORCH_CHECK(length / group_sizes[i] == units.back(), name, ": expected ", units.back(),
+                    " units as in the first tensor of its set, got ", length / group_sizes[i]);
   }
   return units;
 }

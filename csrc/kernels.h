@@ -39,6 +39,7 @@ struct ImportanceMember {
   int64_t rows;
   int64_t cols;
   int64_t group_size;  // indices per unit along the unit dimension
+  int64_t first_unit;  // of the member's set of units in the scores of all sets
   int32_t dim;         // the unit dimension: 0 rows, 1 columns
 };
 
@@ -67,6 +68,10 @@ const char* ap_cpu_isa();
 
 void ap_cpu_unit_importance(const adapt_pruner::ImportanceMember* members, int64_t member_count, int32_t mode,
                             int64_t units, float* scores, ApParallelFor parallel_for);
+
+// Merges the columns of x, [tokens, cols], into their running mean, centred second moment and count.
+void ap_cpu_activation_stats(adapt_pruner::Matrix x, int64_t tokens, int64_t cols, double* mean, double* m2,
+                             int64_t* count, ApParallelFor parallel_for);
 
 void ap_cpu_gather_units(const adapt_pruner::GatherMember* members, int64_t member_count, const int64_t* keep,
                          int64_t kept, ApParallelFor parallel_for);

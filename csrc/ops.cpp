@@ -29,16 +29,19 @@ Matrix matrix_of(const std::string& name, const Tensor& tensor) {
 struct ImportanceArguments {
   std::vector<ImportanceMember> members;
   Mode mode;
-  int64_t units;
+  int64_t units;  // of all sets
 };
 
 ImportanceArguments importance_arguments(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
                                          const std::vector<Tensor>& fishers, const std::vector<int64_t>& dims,
                                          const std::vector<int64_t>& group_sizes,
-                                         const std::string& mode_name) {
+                                         const std::string& mode_name, const std::vector<int64_t>& sets) {
   ImportanceArguments arguments;
   arguments.mode = parse_mode(mode_name);
-  arguments.units = check_members("weights", weights, dims, group_sizes);
+  const std::vector<int64_t> units = check_members("weights", weights, dims, group_sizes, sets);
+  std::vector<int64_t> first_units = {0};
+  for (const int64_t count : units) first_units.push_back(first_units.back() + count);
+  arguments.units = first_units.back();
   check_companions("grads", grads, weights, reads_grad(arguments.mode), mode_name);
   check_companions("fishers", fishers, weights, reads_fisher(arguments.mode), mode_name);
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -49,6 +52,7 @@ ImportanceArguments importance_arguments(const std::vector<Tensor>& weights, con
     member.rows = rows_of(weights[i]);
     member.cols = cols_of(weights[i]);
     member.group_size = group_sizes[i];
+    member.first_unit = first_units[set_of(sets, i)];
     member.dim = weights[i].dim() == 1 ? 1 : int32_t(dims[i]);  // a bias is one row of columns
     arguments.members.push_back(member);
   }
@@ -64,7 +68,7 @@ struct GatherArguments {
 GatherArguments gather_arguments(const std::vector<Tensor>& tensors, const std::vector<int64_t>& dims,
                                  const std::vector<int64_t>& group_sizes, const Tensor& keep,
                                  const std::vector<Tensor>* out) {
-  check_keep(keep, check_members("tensors", tensors, dims, group_sizes));
+  check_keep(keep, check_members("tensors", tensors, dims, group_sizes)[0]);
   GatherArguments arguments;
   std::vector<std::vector<int64_t>> shapes;
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -130,6 +134,31 @@ SimilarityArguments similarity_arguments(const Tensor& h_in, const Tensor& h_out
   return arguments;
 }
 
+struct StatsArguments {
+  Matrix x;
+  int64_t tokens;
+  int64_t cols;
+};
+
+void check_state(const std::string& name, const Tensor& tensor, const Tensor& x, ScalarType dtype,
+                 const std::vector<int64_t>& shape) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected scalar type ", int(dtype), ", got ",
+                  int(tensor.scalar_type()));
+  STD_TORCH_CHECK(join(tensor.sizes()) == join(shape), name, ": expected shape ", join(shape), ", got ",
+                  join(tensor.sizes()));
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor, got strides ",
+                  join(tensor.strides()));
+  check_same_device(name, tensor, x);
+}
+
+StatsArguments stats_arguments(const Tensor& x, const Tensor& mean, const Tensor& m2, const Tensor& count) {
+  const Matrix rows = token_rows("x", x);
+  check_state("mean", mean, x, ScalarType::Double, {cols_of(x)});
+  check_state("m2", m2, x, ScalarType::Double, {cols_of(x)});
+  check_state("count", count, x, ScalarType::Long, {});
+  return {rows, x.numel() / cols_of(x), cols_of(x)};
+}
+
 // ---- CPU ------------------------------------------------------------------------------------------------
 
 void parallel_for(int64_t count, int64_t grain, ApRangeBody body, void* context) {
@@ -139,9 +168,10 @@ void parallel_for(int64_t count, int64_t grain, ApRangeBody body, void* context)
 
 Tensor unit_importance_cpu(std::vector<Tensor> weights, std::vector<Tensor> grads,
                            std::vector<Tensor> fishers, std::vector<int64_t> dims,
-                           std::vector<int64_t> group_sizes, std::string mode) {
+                           std::vector<int64_t> group_sizes, std::string mode,
+                            std::vector<int64_t> sets) {
   const ImportanceArguments arguments =
-      importance_arguments(weights, grads, fishers, dims, group_sizes, mode);
+      importance_arguments(weights, grads, fishers, dims, group_sizes, mode, sets);
   Tensor scores = torch::stable::new_empty(weights[0], {arguments.units}, ScalarType::Float);
   ap_cpu_unit_importance(arguments.members.data(), int64_t(arguments.members.size()), arguments.mode,
                          arguments.units, scores.mutable_data_ptr<float>(), parallel_for);
@@ -173,6 +203,12 @@ Tensor residual_similarity_cpu(Tensor h_in, Tensor h_out, std::string metric) {
   return result;
 }
 
+void activation_stats_cpu(Tensor x, Tensor mean, Tensor m2, Tensor count) {
+  const StatsArguments arguments = stats_arguments(x, mean, m2, count);
+  ap_cpu_activation_stats(arguments.x, arguments.tokens, arguments.cols, mean.mutable_data_ptr<double>(),
+                          m2.mutable_data_ptr<double>(), count.mutable_data_ptr<int64_t>(), parallel_for);
+}
+
 // ---- CUDA -----------------------------------------------------------------------------------------------
 
 #ifdef ADAPT_PRUNER_WITH_CUDA
@@ -198,9 +234,10 @@ void check_launch(const char* op, int error) {
 
 Tensor unit_importance_cuda(std::vector<Tensor> weights, std::vector<Tensor> grads,
                             std::vector<Tensor> fishers, std::vector<int64_t> dims,
-                            std::vector<int64_t> group_sizes, std::string mode) {
+                            std::vector<int64_t> group_sizes, std::string mode,
+                            std::vector<int64_t> sets) {
   const ImportanceArguments arguments =
-      importance_arguments(weights, grads, fishers, dims, group_sizes, mode);
+      importance_arguments(weights, grads, fishers, dims, group_sizes, mode, sets);
   const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
   const int64_t count = int64_t(arguments.members.size());
   Tensor scores = torch::stable::new_empty(weights[0], {arguments.units}, ScalarType::Float);
@@ -263,9 +300,12 @@ Tensor residual_similarity_cuda(Tensor h_in, Tensor h_out, std::string metric) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(adapt_pruner, m) {
+  // sets[i] numbers the set of units that member i belongs to, ascending from 0; all one set without it.
+  // The scores of all sets, one after the other.
   m.def(
       "unit_importance(Tensor[] weights, Tensor[] grads, Tensor[] fishers, int[] dims, int[] group_sizes, "
-      "str mode) -> Tensor");
+      "str mode, int[] sets=[]) -> Tensor");
+  m.def("activation_stats(Tensor x, Tensor(a!) mean, Tensor(b!) m2, Tensor(c!) count) -> ()");
   // keep is host data (it comes from a plan) for tensors of every device
   m.def("gather_units(Tensor[] tensors, int[] dims, int[] group_sizes, Tensor keep) -> Tensor[]");
   m.def(
@@ -279,6 +319,7 @@ STABLE_TORCH_LIBRARY_IMPL(adapt_pruner, CPU, m) {
   m.impl("gather_units", TORCH_BOX(&gather_units_cpu));
   m.impl("gather_units.out", TORCH_BOX(&gather_units_out_cpu));
   m.impl("residual_similarity", TORCH_BOX(&residual_similarity_cpu));
+  m.impl("activation_stats", TORCH_BOX(&activation_stats_cpu));
 }
 
 #ifdef ADAPT_PRUNER_WITH_CUDA

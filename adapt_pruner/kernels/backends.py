@@ -87,6 +87,17 @@ def choose_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
+def require_triton(op: str) -> None:
+    """For an op whose kernel on CUDA devices is the one of Triton.
+
+    Raises:
+        BackendUnavailable: it cannot be used.
+    """
+    problem = _triton_problem()
+    if problem is not None:
+        raise BackendUnavailable(f"{op} on CUDA devices needs triton: {problem}")
+
+
 def _problem_of(backend: str) -> str | None:
     if backend == "cuda":
         return _cuda_problem()

@@ -34,6 +34,40 @@ def check_importance(
         _check_floating(f"weights[{i}]", weight)
 
 
+def check_linear(x: Tensor, dy: Tensor, weight: Tensor, dim: int, group_size: int) -> None:
+    check_members("weight", [weight], [dim], [group_size])
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected [out, in], got shape {tuple(weight.shape)}")
+    for name, tensor, features in (("x", x, weight.shape[1]), ("dy", dy, weight.shape[0])):
+        if tensor.dim() < 1 or tensor.shape[-1] != features:
+            raise ValueError(f"{name}: expected [..., {features}], got shape {tuple(tensor.shape)}")
+        _check_floating(name, tensor)
+        if tensor.device != weight.device:
+            raise ValueError(f"{name}: expected device {weight.device}, got {tensor.device}")
+    if x.shape[:-1] != dy.shape[:-1]:
+        raise ValueError(f"dy: expected the tokens of x {tuple(x.shape[:-1])}, got {tuple(dy.shape[:-1])}")
+    if x.dtype != dy.dtype:
+        raise ValueError(f"dy: expected the dtype of x {x.dtype}, got {dy.dtype}")
+    if weight.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"weight: expected the dtype of x {x.dtype} or torch.float32, got {weight.dtype}")
+
+
+def check_stats(x: Tensor, mean: Tensor, m2: Tensor, count: Tensor) -> None:
+    if x.dim() < 1 or x.numel() == 0:
+        raise ValueError(f"x: expected [..., columns] with at least one row, got shape {tuple(x.shape)}")
+    _check_floating("x", x)
+    for name, tensor, dtype, shape in (
+        ("mean", mean, torch.float64, x.shape[-1:]),
+        ("m2", m2, torch.float64, x.shape[-1:]),
+        ("count", count, torch.int64, torch.Size([])),
+    ):
+        if tensor.dtype != dtype or tensor.shape != shape or tensor.device != x.device:
+            raise ValueError(
+                f"{name}: expected {dtype} of shape {tuple(shape)} on {x.device}, "
+                f"got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+            )
+
+
 def check_gather(
     tensors: Sequence[Tensor],
     dims: Sequence[int],
@@ -64,6 +98,14 @@ def gathered_shapes(
     for shape, dim, group_size in zip(shapes, dims, group_sizes, strict=True):
         shape[dim] = keep.shape[0] * group_size
     return shapes
+
+
+def total_units(
+    weights: Sequence[Tensor], dims: Sequence[int], group_sizes: Sequence[int], sets: Sequence[int]
+) -> int:
+    """Units of all sets, numbered as in the native op: `sets[i]` is that of member i, one without it."""
+    firsts = [i for i in range(len(weights)) if i == 0 or (sets and sets[i] != sets[i - 1])]
+    return sum(weights[i].shape[dims[i]] // group_sizes[i] for i in firsts)
 
 
 def check_similarity(h_in: Tensor, h_out: Tensor, metric: str) -> None:

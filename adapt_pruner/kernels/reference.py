@@ -39,6 +39,13 @@ def unit_importance(
     return total
 
 
+def linear_importance(x: Tensor, dy: Tensor, weight: Tensor, dim: int, group_size: int) -> Tensor:
+    """Importance of a linear layer's units, its gradient written out; see `adapt_pruner.kernels`."""
+    dtype = _accumulation_dtype(x, dy, weight)
+    grad = dy.to(dtype).reshape(-1, dy.shape[-1]).T @ x.to(dtype).reshape(-1, x.shape[-1])
+    return unit_importance([weight.to(dtype)], [grad], [], [dim], [group_size], "first")
+
+
 def gather_units(
     tensors: Sequence[Tensor],
     dims: Sequence[int],
@@ -74,6 +81,26 @@ def residual_similarity(h_in: Tensor, h_out: Tensor, metric: str) -> Tensor:
         assert metric == "manhattan", metric
         per_token = (a - b).abs().sum(dim=1)
     return per_token.mean()
+
+
+def activation_stats(x: Tensor, mean: Tensor, m2: Tensor, count: Tensor) -> None:
+    """Merges the columns of x into their statistics, in place; see `adapt_pruner.kernels.activation_stats`."""
+    values = x.to(_accumulation_dtype(x)).reshape(-1, x.shape[-1])
+    batch_mean = values.mean(dim=0)
+    batch_m2 = (values - batch_mean).square().sum(dim=0)
+    merge_activation_stats(mean, m2, count, batch_mean, batch_m2, torch.full_like(count, values.shape[0]))
+
+
+def merge_activation_stats(
+    mean: Tensor, m2: Tensor, count: Tensor, other_mean: Tensor, other_m2: Tensor, other_count: Tensor
+) -> None:
+    """Mean, centred second moment and count of the union of two sets, in place of those of the first."""
+    total = count + other_count
+    delta = other_mean.double() - mean
+    share = other_count.double() / total.clamp_min(1)
+    mean.add_(delta * share)
+    m2.add_(other_m2.double() + delta.square() * share * count)
+    count.copy_(total)
 
 
 def _element(w: Tensor, g: Tensor | None, h: Tensor | None, mode: str) -> Tensor:

@@ -202,10 +202,8 @@ void ap_cpu_unit_importance(const adapt_pruner::ImportanceMember* members, int64
     } else {
       cpu::sum_columns(member, kernel, index_scores.data(), parallel_for);
     }
-    const double* next = index_scores.data();
-    for (int64_t unit = 0; unit < units; ++unit) {
-      for (int64_t i = 0; i < member.group_size; ++i) totals[size_t(unit)] += std::fabs(*next++);
-    }
+    double* total = totals.data() + member.first_unit;
+    for (size_t i = 0; i < index_scores.size(); ++i) total[int64_t(i) / member.group_size] += std::fabs(index_scores[i]);
   }
   for (int64_t unit = 0; unit < units; ++unit) scores[unit] = float(totals[size_t(unit)]);
 }
