@@ -366,7 +366,6 @@ def _fake_activation_stats(x: Tensor, mean: Tensor, m2: Tensor, count: Tensor) -
 
 
 if extension_loaded():
-    import adapt_pruner.kernels.cpu_linear  # registers its op
 
     torch.library.register_fake("adapt_pruner::unit_importance", _fake_unit_importance)
     torch.library.register_fake("adapt_pruner::gather_units", _fake_gather_units)
