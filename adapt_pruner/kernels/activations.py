@@ -36,7 +36,7 @@ class ActivationStats:
         activation_stats(x, self.mean, self.m2, self.count, backend=backend)
 
     def merge(self, other: ActivationStats) -> None:
-        """Adds what `other` has seen, of another batch or on another rank: as if seen here, up to rounding."""
+        """Adds what `other` has seen, of another batch or rank: as if seen here, up to rounding."""
         reference.merge_activation_stats(self.mean, self.m2, self.count, other.mean, other.m2, other.count)
 
     @property

@@ -1,4 +1,4 @@
-"""Importance of a linear layer on the CPU: the BLAS library's matrix product, a tile of the gradient at a time."""
+"""Importance of a linear layer on the CPU: the BLAS library's matrix product, tile by tile."""
 
 from __future__ import annotations
 

@@ -366,6 +366,7 @@ def _fake_activation_stats(x: Tensor, mean: Tensor, m2: Tensor, count: Tensor) -
 
 
 if extension_loaded():
+    import adapt_pruner.kernels.cpu_linear  # noqa: F401  (registers its op)
 
     torch.library.register_fake("adapt_pruner::unit_importance", _fake_unit_importance)
     torch.library.register_fake("adapt_pruner::gather_units", _fake_gather_units)

@@ -84,7 +84,7 @@ def residual_similarity(h_in: Tensor, h_out: Tensor, metric: str) -> Tensor:
 
 
 def activation_stats(x: Tensor, mean: Tensor, m2: Tensor, count: Tensor) -> None:
-    """Merges the columns of x into their statistics, in place; see `adapt_pruner.kernels.activation_stats`."""
+    """Merges the columns of x into their statistics; see `adapt_pruner.kernels.activation_stats`."""
     values = x.to(_accumulation_dtype(x)).reshape(-1, x.shape[-1])
     batch_mean = values.mean(dim=0)
     batch_m2 = (values - batch_mean).square().sum(dim=0)
