@@ -34,7 +34,8 @@ CPU_SOURCES = [
     "cpu/activations.cpp",
 ]
 CUDA_SOURCES = ["cuda/runtime.cu", "cuda/saliency.cu", "cuda/gather.cu", "cuda/similarity.cu"]
-HEADERS = ["kernels.h", "checks.h", "cpu/line_writer.h", "cpu/simd.h", "cuda/common.cuh"]
+HEADERS = ["kernels.h", "checks.h", "cuda/common.cuh"]
+HEADERS += [f"cpu/{path.name}" for path in sorted((ROOT / "csrc" / "cpu").glob("*.h"))]
 
 
 def package_version() -> str:

@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "line_writer.h"
-#include "simd.h"
+#include "values.h"
 
 namespace adapt_pruner::cpu {
 namespace {
@@ -50,80 +49,38 @@ struct Plan {
   }
 };
 
-template <class Word>
-constexpr int64_t kBlockBytes = 8 * int64_t(sizeof(Word));
-
-// Items are kept rows.
-template <class Isa>
-void copy_rows(const Plan& plan, int64_t begin, int64_t end) {
-  const GatherMember& member = plan.member;
-  const int64_t row_bytes = member.cols * member.element_size;
-  const bool dense = member.source_row_stride == member.cols;
-  LineWriter<Isa> writer(plan.target_row(begin), plan.stream);
-  for (int64_t row = begin; row < end;) {
-    const int64_t source = plan.source_row_of(row);
-    int64_t count = 1;
-    while (dense && row + count < end && plan.source_row_of(row + count) == source + count) ++count;
-    writer.append(plan.source_row(source), count * row_bytes);
-    row += count;
-  }
-  writer.finish();
-}
-
-// Items are rows.
-template <class Isa>
-void copy_column_runs(const Plan& plan, int64_t begin, int64_t end) {
-  const int64_t size = plan.member.element_size;
-  LineWriter<Isa> writer(plan.target_row(begin), plan.stream);
-  for (int64_t row = begin; row < end; ++row) {
-    const char* source = plan.source_row(row);
-    for (const Run& run : plan.runs) writer.append(source + run.source * size, run.length * size);
-  }
-  writer.finish();
-}
-
-// Items are rows. Reads no element behind a row's end.
-template <class Isa, class Word>
-void compress_columns(const Plan& plan, int64_t begin, int64_t end) {
-  LineWriter<Isa> writer(plan.target_row(begin), plan.stream);
-  const auto compress = [&](const Word* source, const uint8_t* masks, int64_t blocks) {
-    Word* target = reinterpret_cast<Word*>(writer.position());
-    const Word* target_end = Compress<Isa, Word>::blocks(source, masks, blocks, target);
-    writer.advance((target_end - target) * int64_t(sizeof(Word)));
-    if (writer.room() < kBlockBytes<Word>) writer.flush();
-  };
-  const int64_t blocks = plan.member.cols / 8;
-  const int64_t rest = plan.member.cols % 8;
-  const uint8_t* masks = plan.column_masks.data();
-  for (int64_t row = begin; row < end; ++row) {
-    const Word* source = reinterpret_cast<const Word*>(plan.source_row(row));
-    for (int64_t block = 0; block < blocks;) {
-      const int64_t fitting = std::min(blocks - block, writer.room() / kBlockBytes<Word>);
-      compress(source + block * 8, masks + block, fitting);
-      block += fitting;
-    }
-    if (rest > 0) {
-      Word last[8] = {};
-      std::memcpy(last, source + blocks * 8, size_t(rest) * sizeof(Word));
-      compress(last, masks + blocks, 1);
+// For each set of kept elements among eight, which ones they are: in front and in order, then zeros.
+struct Kept {
+  alignas(32) uint32_t index[256][8];
+  alignas(16) uint8_t bytes_of_words[256][16];
+};
+constexpr Kept kept_of_eight() {
+  Kept table = {};
+  for (int mask = 0; mask < 256; ++mask) {
+    int kept = 0;
+    for (int bit = 0; bit < 8; ++bit) {
+      if ((mask >> bit & 1) == 0) continue;
+      table.index[mask][kept] = uint32_t(bit);
+      table.bytes_of_words[mask][2 * kept] = uint8_t(2 * bit);
+      table.bytes_of_words[mask][2 * kept + 1] = uint8_t(2 * bit + 1);
+      ++kept;
     }
   }
-  writer.finish();
+  return table;
 }
+constexpr Kept kKept = kept_of_eight();
+
+#define AP_KERNELS "gather_kernels.h"
+#include "each_isa.h"
 
 using Kernel = void (*)(const Plan& plan, int64_t begin, int64_t end);
 
-template <class Word>
-Kernel columns_of() {
-  return use_avx2() ? compress_columns<Avx2, Word> : compress_columns<Baseline, Word>;
-}
-
 Kernel choose_columns(int32_t element_size) {
   switch (element_size) {
-    case 1: return columns_of<uint8_t>();
-    case 2: return columns_of<uint16_t>();
-    case 4: return columns_of<uint32_t>();
-    default: return columns_of<uint64_t>();
+    case 1: return AP_CHOOSE(compress_columns<uint8_t>);
+    case 2: return AP_CHOOSE(compress_columns<uint16_t>);
+    case 4: return AP_CHOOSE(compress_columns<uint32_t>);
+    default: return AP_CHOOSE(compress_columns<uint64_t>);
   }
 }
 
@@ -144,11 +101,11 @@ void gather_member(const GatherMember& member, const int64_t* keep, int64_t kept
   Plan plan = {member, keep, by_rows ? kept_indices : member.rows, by_rows ? member.cols : kept_indices,
                false,  {},   {}};
   plan.stream = plan.kept_rows * plan.kept_cols * member.element_size >= kStreamBytes;
-  Kernel kernel = use_avx2() ? copy_rows<Avx2> : copy_rows<Baseline>;
+  Kernel kernel = AP_CHOOSE(copy_rows);
   if (!by_rows) {
     plan.runs = runs_of(keep, kept, member.group_size);
     if (kept_indices * member.element_size >= int64_t(plan.runs.size()) * kMinRunBytes) {
-      kernel = use_avx2() ? copy_column_runs<Avx2> : copy_column_runs<Baseline>;
+      kernel = AP_CHOOSE(copy_column_runs);
     } else {
       plan.column_masks = masks_of(plan.runs, member.cols);
       kernel = choose_columns(member.element_size);

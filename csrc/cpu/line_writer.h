@@ -1,20 +1,32 @@
-// Writes bytes one after the other through a small buffer, whole cache lines at a time.
-#pragma once
+// Writes bytes one after the other through a small buffer, whole cache lines at a time. Included once per
+// instruction set, inside its namespace.
 
-#include <algorithm>
-
-#include "simd.h"
-
-namespace adapt_pruner::cpu {
+// Copies whole lines around the caches to a target that is aligned to a line: no line is read only to be
+// overwritten, and nothing useful is driven out.
+AP_INLINE void stream_lines(char* target, const char* source, int64_t bytes) {
+#if AP_ISA == 2
+  for (int64_t i = 0; i < bytes; i += kLineBytes) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + i), _mm512_loadu_si512(source + i));
+  }
+#elif AP_ISA == 1
+  for (int64_t i = 0; i < bytes; i += kLineBytes) {
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i + 32));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i), low);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i + 32), high);
+  }
+#else
+  std::memcpy(target, source, size_t(bytes));
+#endif
+}
 
 // Writes exactly the bytes it was given, from `target` on: nothing in front, nothing behind. Parts of a line
 // at both ends are written byte by byte, as they may belong to another thread.
 //
 // `stream` writes around the caches, which pays where the output is much larger than they are.
-template <class Isa>
 class LineWriter {
  public:
-  static constexpr int64_t kCapacity = 4096;
+  static constexpr int64_t kCapacity = 8192;
 
   LineWriter(char* target, bool stream) : stream_(stream) {
     filled_ = int64_t(reinterpret_cast<uintptr_t>(target) % uintptr_t(kLineBytes));
@@ -22,8 +34,8 @@ class LineWriter {
     line_ = target - filled_;
   }
 
-  // Where the next bytes go. The `room()` bytes from there may be overwritten; `advance` says how many of
-  // them count.
+  // Where the next bytes go. The `room()` bytes from there, and a line behind them, may be overwritten;
+  // `advance` says how many of them count.
   char* position() { return buffer_ + filled_; }
   int64_t room() const { return kCapacity - filled_; }
   void advance(int64_t bytes) { filled_ += bytes; }
@@ -66,13 +78,15 @@ class LineWriter {
   void finish() {
     flush();
     std::memcpy(line_ + skipped_, buffer_ + skipped_, size_t(filled_ - skipped_));
-    if (stream_) Stream<Isa>::fence();
+#if AP_ISA > 0
+    if (stream_) _mm_sfence();  // streaming stores are not ordered with others
+#endif
   }
 
  private:
   void write_lines(const char* source, int64_t bytes) {
     if (stream_) {
-      Stream<Isa>::lines(line_, source, bytes);
+      stream_lines(line_, source, bytes);
     } else {
       std::memcpy(line_, source, size_t(bytes));
     }
@@ -83,7 +97,5 @@ class LineWriter {
   int64_t filled_;   // bytes of the buffer, the skipped ones included
   int64_t skipped_;  // bytes of the first line that lie in front of the target
   bool stream_;
-  alignas(kLineBytes) char buffer_[kCapacity];
+  alignas(kLineBytes) char buffer_[kCapacity + kLineBytes];
 };
-
-}  // namespace adapt_pruner::cpu

@@ -1,237 +1,163 @@
-// Eight fp32 lanes as a compiler vector, dtype conversion, run-time choice of the instruction set, and
-// threads.
-//
-// A kernel is written once, as an AP_INLINE template, and instantiated in two functions: one for the
-// baseline of the architecture and one marked AP_AVX2. Both do the same operations in the same order (no
-// fused multiply-add: -ffp-contract=off), so the instruction set does not change a single bit. Where compiler
-// vectors cannot say it (permutations, stores around the caches), a primitive takes the instruction set as a
-// tag, Baseline or Avx2.
-#pragma once
-
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "../kernels.h"
-
-#define AP_INLINE inline __attribute__((always_inline))
-
-#if defined(__x86_64__)
-#define AP_AVX2 __attribute__((target("avx2")))
-#else
-#define AP_AVX2
-#endif
-
-namespace adapt_pruner::cpu {
-
-bool use_avx2();
-
-struct Baseline {};
-struct Avx2 {};
+// Sixteen fp32 lanes of one instruction set (AP_ISA: 0 baseline, 1 AVX2, 2 AVX-512), as compiler vectors.
+// Included by each_isa.h, once per instruction set and inside its namespace; hence no guard and no includes.
 
 typedef float Float8 __attribute__((vector_size(32)));
 typedef uint32_t Uint8x32 __attribute__((vector_size(32)));
+
+#if AP_ISA == 2
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Uints __attribute__((vector_size(64)));
+
+AP_INLINE Floats absolute(Floats v) { return bit_cast<Floats>(bit_cast<Uints>(v) & 0x7fffffffu); }
+AP_INLINE Float8 add_halves(Floats v) {
+  return bit_cast<Float8>(_mm512_extractf32x8_ps(v, 0)) + bit_cast<Float8>(_mm512_extractf32x8_ps(v, 1));
+}
+
+#else
+
+struct Floats {
+  Float8 low, high;
+};
+AP_INLINE Floats operator+(Floats a, Floats b) { return {a.low + b.low, a.high + b.high}; }
+AP_INLINE Floats operator-(Floats a, Floats b) { return {a.low - b.low, a.high - b.high}; }
+AP_INLINE Floats operator*(Floats a, Floats b) { return {a.low * b.low, a.high * b.high}; }
+AP_INLINE Floats operator*(float a, Floats b) { return {a * b.low, a * b.high}; }
+AP_INLINE Floats& operator+=(Floats& a, Floats b) { return a = a + b; }
+
+AP_INLINE Float8 absolute(Float8 v) { return bit_cast<Float8>(bit_cast<Uint8x32>(v) & 0x7fffffffu); }
+AP_INLINE Floats absolute(Floats v) { return {absolute(v.low), absolute(v.high)}; }
+AP_INLINE Float8 add_halves(Floats v) { return v.low + v.high; }
+
+#endif
+
+AP_INLINE float absolute(float v) { return std::fabs(v); }
+
+constexpr int kLanes = 16;
+constexpr int kStep = 2 * kLanes;  // elements that are loaded at once
+
+// The sixteen lanes added up, always in the same order.
+AP_INLINE double sum_lanes(Floats v) {
+  const Float8 sums = add_halves(v);
+  double total = 0.0;
+  for (int lane = 0; lane < 8; ++lane) total += double(sums[lane]);
+  return total;
+}
+
+// A copy of whole vectors: GCC keeps structures of them in registers only if each is loaded by itself.
+template <class Vector>
+AP_INLINE Vector load_as(const void* p) {
+  Vector v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+#if AP_ISA == 2
+
+AP_INLINE __m256i load_bits(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+AP_INLINE Floats load(const float* p) { return load_as<Floats>(p); }
+AP_INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
+AP_INLINE Floats load(const Half* p) { return bit_cast<Floats>(_mm512_maskz_cvtph_ps(0xffff, load_bits(p))); }
+AP_INLINE Floats load(const BFloat16* p) {
+  return bit_cast<Floats>(bit_cast<Uints>(_mm512_maskz_cvtepu16_epi32(0xffff, load_bits(p))) << 16);
+}
+
+#elif AP_ISA == 1
+
+AP_INLINE __m128i load_bits(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+AP_INLINE Float8 load8(const Half* p) { return bit_cast<Float8>(_mm256_cvtph_ps(load_bits(p))); }
+AP_INLINE Float8 load8(const BFloat16* p) {
+  return bit_cast<Float8>(bit_cast<Uint8x32>(_mm256_cvtepu16_epi32(load_bits(p))) << 16);
+}
+
+#else
+
 typedef uint16_t Uint16x8 __attribute__((vector_size(16)));
-constexpr int kWidth = 8;
 
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Absent {};  // a tensor that the mode does not read
-
-template <class To, class From>
-AP_INLINE To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "same size");
-  To to;
-  std::memcpy(&to, &from, sizeof(To));
-  return to;
-}
-
-// fp16 -> fp32 with integer arithmetic only, exact for subnormals, infinities and NaN; F and U are either
-// scalars or vectors. Without F16C this vectorises, and it does not depend on the denormals-are-zero flag.
-template <class F, class U>
-AP_INLINE F half_to_float(U half) {
-  const U sign = (half & 0x8000u) << 16;
-  const U shifted = (half & 0x7fffu) << 13;
-  const U exponent = shifted & 0x0f800000u;
-  const U normal = shifted + 0x38000000u;  // rebias: 127 - 15
-  const U special = normal + 0x38000000u;  // infinity, NaN
-  const U subnormal =
-      bit_cast<U>(bit_cast<F>(normal + 0x00800000u) - 0x1p-14f);  // 0x1p-14 * (1 + m) - 0x1p-14
-  const U magnitude = exponent == 0x0f800000u ? special : (exponent == 0u ? subnormal : normal);
-  return bit_cast<F>(magnitude | sign);
-}
-
-AP_INLINE Float8 load8(const float* p) {
-  Float8 v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-AP_INLINE Uint16x8 load8_bits(const void* p) {
-  Uint16x8 v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-// Interleaving with zeros is two unpack instructions; GCC spells a conversion of the vector out at length.
-AP_INLINE Uint8x32 low_halves(Uint16x8 v) {
+AP_INLINE Uint8x32 load_widened(const void* p) {
+  const Uint16x8 v = load_as<Uint16x8>(p);
+  // interleaving with zeros is two unpack instructions; GCC spells a conversion of the vector out at length
   return bit_cast<Uint8x32>(
       __builtin_shufflevector(v, Uint16x8{}, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
 }
-AP_INLINE Uint8x32 high_halves(Uint16x8 v) {
-  return bit_cast<Uint8x32>(
-      __builtin_shufflevector(Uint16x8{}, v, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
+AP_INLINE Float8 load8(const Half* p) { return half_to_float<Float8, Uint8x32>(load_widened(p)); }
+AP_INLINE Float8 load8(const BFloat16* p) { return bit_cast<Float8>(load_widened(p) << 16); }
+
+#endif
+
+#if AP_ISA != 2
+AP_INLINE Floats load(const float* p) { return {load_as<Float8>(p), load_as<Float8>(p + 8)}; }
+AP_INLINE void store(float* p, Floats v) {
+  std::memcpy(p, &v.low, sizeof(v.low));
+  std::memcpy(p + 8, &v.high, sizeof(v.high));
 }
-AP_INLINE Float8 load8(const BFloat16* p) { return bit_cast<Float8>(high_halves(load8_bits(p))); }
-AP_INLINE Float8 load8(const Half* p) { return half_to_float<Float8, Uint8x32>(low_halves(load8_bits(p))); }
-AP_INLINE Float8 load8(const Absent*) { return Float8{}; }
+AP_INLINE Floats load(const Half* p) { return {load8(p), load8(p + 8)}; }
+AP_INLINE Floats load(const BFloat16* p) { return {load8(p), load8(p + 8)}; }
+#endif
 
-AP_INLINE float load1(const float* p) { return *p; }
-AP_INLINE float load1(const BFloat16* p) { return bit_cast<float>(uint32_t(p->bits) << 16); }
-AP_INLINE float load1(const Half* p) { return half_to_float<float, uint32_t>(p->bits); }
-AP_INLINE float load1(const Absent*) { return 0.0f; }
+// kStep elements: in their order, or the even ones first, then the odd ones.
+struct Pair {
+  Floats first, second;
+};
 
-AP_INLINE void store8(float* p, Float8 v) { std::memcpy(p, &v, sizeof(v)); }
+// bf16 is the upper half of fp32: without its order, widening is a shift and a mask of whole registers.
+AP_INLINE Pair load_split(const BFloat16* p) {
+#if AP_ISA == 2
+  const Uints v = load_as<Uints>(p);
+  return {bit_cast<Floats>(v << 16), bit_cast<Floats>(v & 0xffff0000u)};
+#else
+  const Uint8x32 v = load_as<Uint8x32>(p), w = load_as<Uint8x32>(p + kLanes);
+  return {{bit_cast<Float8>(v << 16), bit_cast<Float8>(w << 16)},
+          {bit_cast<Float8>(v & 0xffff0000u), bit_cast<Float8>(w & 0xffff0000u)}};
+#endif
+}
 
-AP_INLINE float absolute(float v) { return std::fabs(v); }
-AP_INLINE Float8 absolute(Float8 v) { return bit_cast<Float8>(bit_cast<Uint8x32>(v) & 0x7fffffffu); }
+// Elements [i, i + kStep) of a row.
+template <bool split, class T>
+AP_INLINE Pair load_pair(const T* row, int64_t i) {
+  if constexpr (std::is_same_v<T, Absent>) {
+    const Pair zeros = {};
+    return zeros;
+  } else if constexpr (split) {
+    return load_split(row + i);
+  } else {
+    return {load(row + i), load(row + i + kLanes)};
+  }
+}
 
-// The eight lanes added up in double, always in the same order.
-AP_INLINE double sum_lanes(Float8 v) {
-  double sum = 0.0;
-  for (int lane = 0; lane < kWidth; ++lane) sum += double(v[lane]);
-  return sum;
+// The same, of a row that is read once from memory.
+template <bool split, class T>
+AP_INLINE Pair stream_pair(const T* row, int64_t i) {
+  if constexpr (!std::is_same_v<T, Absent>) {
+    for (int64_t byte = 0; byte < kStep * int64_t(sizeof(T)); byte += kLineBytes) {
+      prefetch_ahead(reinterpret_cast<const char*>(row + i) + byte);
+    }
+  }
+  return load_pair<split>(row, i);
 }
 
 template <class T>
-AP_INLINE const T* row_of(const Matrix& matrix, int64_t row) {
-  return static_cast<const T*>(matrix.data) + row * matrix.row_stride;
+AP_INLINE float load_one(const T* row, int64_t i) {
+  if constexpr (std::is_same_v<T, Absent>) {
+    return 0.0f;
+  } else {
+    return load1(row + i);
+  }
 }
-template <>
-AP_INLINE const Absent* row_of<Absent>(const Matrix&, int64_t) {
-  return nullptr;
+
+AP_INLINE void add_pair(float* p, Pair v) {
+  store(p, load(p) + v.first);
+  store(p + kLanes, load(p + kLanes) + v.second);
 }
 
-// ---- moving data ----------------------------------------------------------------------------------------
-
-constexpr int64_t kLineBytes = 64;  // of a cache line
-
-// For each set of kept elements among eight, which ones they are: in front and in order, then zeros.
-struct KeptOfEight {
-  uint8_t index[256][8];
-};
-constexpr KeptOfEight kept_of_eight() {
-  KeptOfEight table = {};
-  for (int mask = 0; mask < 256; ++mask) {
-    int kept = 0;
-    for (int bit = 0; bit < 8; ++bit) {
-      if (mask >> bit & 1) table.index[mask][kept++] = uint8_t(bit);
+// Values that were added up from split pairs, back in their order.
+AP_INLINE void merge_split(float* values, int64_t count) {
+  for (int64_t i = 0; i + kStep <= count; i += kStep) {
+    float merged[kStep];
+    for (int k = 0; k < kLanes; ++k) {
+      merged[2 * k] = values[i + k];
+      merged[2 * k + 1] = values[i + kLanes + k];
     }
+    std::memcpy(values + i, merged, sizeof(merged));
   }
-  return table;
 }
-inline constexpr KeptOfEight kKeptOfEight = kept_of_eight();
-
-// Moves the kept elements of `blocks` blocks of eight to `target`, a mask per block, and returns their end.
-// A block is stored whole: up to eight elements behind the end are overwritten with anything.
-template <class Isa, class Word>
-struct Compress {
-  static Word* blocks(const Word* source, const uint8_t* masks, int64_t blocks, Word* target) {
-    for (int64_t b = 0; b < blocks; ++b) {
-      for (int i = 0; i < 8; ++i) target[i] = source[8 * b + kKeptOfEight.index[masks[b]][i]];
-      target += __builtin_popcount(masks[b]);
-    }
-    return target;
-  }
-};
-
-// Copies whole lines to a target that is aligned to a line.
-template <class Isa>
-struct Stream {
-  static void lines(char* target, const char* source, int64_t bytes) {
-    std::memcpy(target, source, size_t(bytes));
-  }
-  static void fence() {}
-};
-
-#if defined(__x86_64__)
-
-AP_AVX2 inline __m128i kept_bytes(uint8_t mask) {
-  return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kKeptOfEight.index[mask]));
-}
-
-AP_AVX2 inline void compress8(const uint8_t* source, uint8_t mask, uint8_t* target) {
-  const __m128i values = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(source));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(target), _mm_shuffle_epi8(values, kept_bytes(mask)));
-}
-
-AP_AVX2 inline void compress8(const uint16_t* source, uint8_t mask, uint16_t* target) {
-  const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
-  const __m128i index = kept_bytes(mask);
-  const __m128i low = _mm_add_epi8(index, index);  // element i is in bytes 2 * i and 2 * i + 1
-  const __m128i bytes = _mm_unpacklo_epi8(low, _mm_add_epi8(low, _mm_set1_epi8(1)));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm_shuffle_epi8(values, bytes));
-}
-
-AP_AVX2 inline void compress8(const uint32_t* source, uint8_t mask, uint32_t* target) {
-  const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
-  const __m256i index = _mm256_cvtepu8_epi32(kept_bytes(mask));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm256_permutevar8x32_epi32(values, index));
-}
-
-AP_AVX2 inline void compress8(const uint64_t* source, uint8_t mask, uint64_t* target) {
-  for (int i = 0; i < 8; ++i) target[i] = source[kKeptOfEight.index[mask][i]];
-}
-
-template <class Word>
-struct Compress<Avx2, Word> {
-  AP_AVX2 static Word* blocks(const Word* source, const uint8_t* masks, int64_t blocks, Word* target) {
-    for (int64_t b = 0; b < blocks; ++b) {
-      compress8(source + 8 * b, masks[b], target);
-      target += __builtin_popcount(masks[b]);
-    }
-    return target;
-  }
-};
-
-// Around the caches: no line is read only to be overwritten, and nothing useful is driven out.
-template <>
-struct Stream<Avx2> {
-  AP_AVX2 static void lines(char* target, const char* source, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += kLineBytes) {
-      const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i));
-      const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i + 32));
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i), low);
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i + 32), high);
-    }
-  }
-  static void fence() { _mm_sfence(); }  // streaming stores are not ordered with others
-};
-
-#endif  // __x86_64__
-
-// ---- threads --------------------------------------------------------------------------------------------
-
-constexpr int64_t kGrainElements = 32768;  // less work than this is not worth a thread
-
-inline int64_t grain_for(int64_t elements_per_item) {
-  return elements_per_item >= kGrainElements
-             ? 1
-             : kGrainElements / (elements_per_item > 0 ? elements_per_item : 1);
-}
-
-template <class Body>
-void run_parallel(ApParallelFor parallel_for, int64_t count, int64_t grain, const Body& body) {
-  parallel_for(
-      count, grain,
-      [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
-      const_cast<void*>(static_cast<const void*>(&body)));
-}
-
-}  // namespace adapt_pruner::cpu

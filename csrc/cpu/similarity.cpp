@@ -3,93 +3,22 @@
 #include <algorithm>
 #include <vector>
 
-#include "simd.h"
+#include "values.h"
 
 namespace adapt_pruner::cpu {
 namespace {
 
-constexpr int64_t kSumBlock = 1024;  // elements per fp32 sum: 64 per lane with two accumulators each
-constexpr int kUnroll = 2;
+constexpr int64_t kSumBlock = 2048;  // elements per fp32 sum: 64 pairs per lane
 
-struct Sums {  // of products (cosine), or the first alone of squared or absolute differences
-  double dot, square_in, square_out;
-};
-
-template <Metric metric, class T>
-AP_INLINE Sums token_sums(const T* a, const T* b, int64_t hidden) {
-  Sums total = {0.0, 0.0, 0.0};
-  for (int64_t begin = 0; begin < hidden; begin += kSumBlock) {
-    const int64_t end = std::min(hidden, begin + kSumBlock);
-    Float8 dot[kUnroll] = {}, square_in[kUnroll] = {}, square_out[kUnroll] = {};
-    int64_t c = begin;
-    for (; c + kUnroll * kWidth <= end; c += kUnroll * kWidth) {
-#pragma GCC unroll 2
-      for (int k = 0; k < kUnroll; ++k) {
-        const Float8 x = load8(a + c + k * kWidth), y = load8(b + c + k * kWidth);
-        if constexpr (metric == kCosine) {
-          dot[k] += x * y;
-          square_in[k] += x * x;
-          square_out[k] += y * y;
-        } else if constexpr (metric == kEuclidean) {
-          dot[k] += (x - y) * (x - y);
-        } else {
-          dot[k] += absolute(x - y);
-        }
-      }
-    }
-    total.dot += sum_lanes(dot[0] + dot[1]);
-    total.square_in += sum_lanes(square_in[0] + square_in[1]);
-    total.square_out += sum_lanes(square_out[0] + square_out[1]);
-    for (; c < end; ++c) {
-      const double x = double(load1(a + c)), y = double(load1(b + c));
-      if constexpr (metric == kCosine) {
-        total.dot += x * y;
-        total.square_in += x * x;
-        total.square_out += y * y;
-      } else if constexpr (metric == kEuclidean) {
-        total.dot += (x - y) * (x - y);
-      } else {
-        total.dot += std::fabs(x - y);
-      }
-    }
-  }
-  return total;
-}
-
-template <Metric metric, class T>
-AP_INLINE void tokens_body(const Matrix& h_in, const Matrix& h_out, int64_t hidden, int64_t begin,
-                           int64_t end, double* per_token) {
-  for (int64_t token = begin; token < end; ++token) {
-    const Sums sums = token_sums<metric>(row_of<T>(h_in, token), row_of<T>(h_out, token), hidden);
-    if constexpr (metric == kCosine) {
-      const double norm_in = std::max(std::sqrt(sums.square_in), kCosineEps);
-      const double norm_out = std::max(std::sqrt(sums.square_out), kCosineEps);
-      per_token[token] = sums.dot / (norm_in * norm_out);
-    } else if constexpr (metric == kEuclidean) {
-      per_token[token] = std::sqrt(sums.dot);
-    } else {
-      per_token[token] = sums.dot;
-    }
-  }
-}
+#define AP_KERNELS "similarity_kernels.h"
+#include "each_isa.h"
 
 using Kernel = void (*)(const Matrix&, const Matrix&, int64_t hidden, int64_t begin, int64_t end,
                         double* per_token);
 
 template <Metric metric, class T>
-AP_AVX2 void tokens_avx2(const Matrix& h_in, const Matrix& h_out, int64_t hidden, int64_t begin, int64_t end,
-                         double* per_token) {
-  tokens_body<metric, T>(h_in, h_out, hidden, begin, end, per_token);
-}
-template <Metric metric, class T>
-void tokens_baseline(const Matrix& h_in, const Matrix& h_out, int64_t hidden, int64_t begin, int64_t end,
-                     double* per_token) {
-  tokens_body<metric, T>(h_in, h_out, hidden, begin, end, per_token);
-}
-
-template <Metric metric, class T>
 Kernel kernel_of() {
-  return use_avx2() ? tokens_avx2<metric, T> : tokens_baseline<metric, T>;
+  return AP_CHOOSE(token_values<metric, T>);
 }
 
 template <Metric metric>
