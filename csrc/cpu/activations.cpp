@@ -1,8 +1,8 @@
 // Column means and centred second moments of activations: one pass over them, merged into the running ones.
 //
-// Within a block of rows the sums are those of the distances from the block's first row, in fp32: values of
-// one column are close to each other, so that the square of their mean cancels little. Blocks are merged in
-// double, in their order (Chan, Golub and LeVeque 1979).
+// Within a block of rows the sums are fp32, of the distances from the mean of the block's first rows: that is close
+// enough to the mean of all of them for the square of what is left to cancel nothing, even if one of them is
+// an outlier, as first tokens are. Blocks are merged in double, in their order (Chan, Golub and LeVeque 1979).
 #include <algorithm>
 #include <memory>
 
@@ -11,9 +11,11 @@
 namespace adapt_pruner::cpu {
 namespace {
 
-constexpr int64_t kRowBlock = 129;     // rows per fp32 sum: the origin and sixteen times kRowsAtOnce
-constexpr int kRowsAtOnce = 8;         // rows that are read at the same time, and added up per column first
-constexpr int64_t kColumnTile = 8192;  // columns whose sums stay in the second-level cache (64 KB)
+constexpr int64_t kRowsAtOnce = 16;     // rows that are read at the same time, and added up per column first
+constexpr int64_t kColumnTile = 16384;  // columns whose sums stay in the second-level cache (192 KB)
+
+// Rows per fp32 sum; few rows get more blocks than threads.
+int64_t rows_per_block(int64_t tokens) { return tokens >= 4096 ? 512 : 128; }
 
 struct BlockRange {
   int64_t first_row, rows;
@@ -26,35 +28,31 @@ struct BlockRange {
 template <class T>
 void update(const Matrix& x, int64_t tokens, int64_t cols, double* mean, double* m2, int64_t count,
             ApParallelFor parallel_for) {
-  const int64_t row_blocks = (tokens + kRowBlock - 1) / kRowBlock;
+  const int64_t block_rows = rows_per_block(tokens);
+  const int64_t blocks = (tokens + block_rows - 1) / block_rows;
   const int64_t tiles = (cols + kColumnTile - 1) / kColumnTile;
-  // [row blocks, cols] each; every element is written before it is read
-  const std::unique_ptr<float[]> sums(new float[size_t(row_blocks * cols)]);
-  const std::unique_ptr<float[]> squares(new float[size_t(row_blocks * cols)]);
+  // [blocks, 3, cols]: origins, sums and squares of each block; every element is written before it is read
+  const std::unique_ptr<float[]> scratch(new float[size_t(blocks * 3 * cols)]);
   const auto kernel = AP_CHOOSE(sum_block<T>);
-  run_parallel(parallel_for, row_blocks * tiles, grain_for(kRowBlock * std::min(cols, kColumnTile)),
+  run_parallel(parallel_for, blocks * tiles, grain_for(block_rows * std::min(cols, kColumnTile)),
                [&](int64_t begin, int64_t end) {
                  for (int64_t item = begin; item < end; ++item) {
-                   const int64_t row_block = item / tiles, first_row = row_block * kRowBlock;
-                   const int64_t first_col = item % tiles * kColumnTile;
-                   const BlockRange block = {first_row, std::min(kRowBlock, tokens - first_row), first_col,
+                   const int64_t first_row = item / tiles * block_rows, first_col = item % tiles * kColumnTile;
+                   const BlockRange block = {first_row, std::min(block_rows, tokens - first_row), first_col,
                                              std::min(kColumnTile, cols - first_col)};
-                   const int64_t target = row_block * cols + first_col;
-                   kernel(x, block, sums.get() + target, squares.get() + target);
+                   float* target = scratch.get() + item / tiles * 3 * cols + first_col;
+                   kernel(x, block, target, target + cols, target + 2 * cols);
                  }
                });
-  run_parallel(parallel_for, cols, grain_for(row_blocks), [&](int64_t begin, int64_t end) {
-    for (int64_t block = 0; block < row_blocks; ++block) {
-      const int64_t first_row = block * kRowBlock;
-      const int64_t rows = std::min(tokens, first_row + kRowBlock) - first_row;
-      const double before = double(count + first_row), share = double(rows) / (before + double(rows));
-      const T* shift = element_of<T>(x, first_row, 0);
-      for (int64_t c = begin; c < end; ++c) {
-        const double sum = double(sums[size_t(block * cols + c)]);
-        const double block_m2 = double(squares[size_t(block * cols + c)]) - sum * sum / double(rows);
-        const double delta = double(load1(shift + c)) + sum / double(rows) - mean[c];
-        mean[c] += delta * share;
-        m2[c] += std::max(block_m2, 0.0) + delta * delta * before * share;
+  const auto merge = AP_CHOOSE(merge_block);
+  run_parallel(parallel_for, cols, grain_for(blocks), [&](int64_t first, int64_t last) {
+    constexpr int64_t kPiece = 1024;  // columns whose statistics stay in the first-level cache
+    for (int64_t c = first; c < last; c += kPiece) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t row = block * block_rows;
+        const float* source = scratch.get() + block * 3 * cols + c;
+        merge(source, source + cols, source + 2 * cols, std::min(kPiece, last - c),
+              std::min(block_rows, tokens - row), count + row, mean + c, m2 + c);
       }
     }
   });

@@ -85,12 +85,12 @@ AP_INLINE Word* compress(const Word* source, const uint8_t* masks, int64_t block
 #if AP_ISA == 2
   constexpr int64_t kBlocks = kLineBytes / int64_t(8 * sizeof(Word));
   for (; block + kBlocks <= blocks; block += kBlocks) {
-    prefetch_ahead(source + 8 * block);
+    prefetch(source + 8 * block, kAheadBytes);
     target = compress_register(source + 8 * block, masks + block, target);
   }
 #endif
   for (; block < blocks; ++block) {
-    prefetch_ahead(source + 8 * block);
+    prefetch(source + 8 * block, kAheadBytes);
     target = compress_block(source + 8 * block, masks[block], target);
   }
   return target;

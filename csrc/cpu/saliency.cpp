@@ -93,12 +93,10 @@ IndexSums sum_indices(const ImportanceMember& member, Mode mode, bool by_cols, A
     for (int64_t row = 0; row < rows; ++row) sums.rows[size_t(row)] += row_sums[size_t(tile * rows + row)];
   }
   if (!by_cols) return sums;
-  sums.cols.resize(size_t(cols), 0.0);
+  sums.cols.resize(size_t(cols));
+  const auto fold = AP_CHOOSE(add_tiles);
   run_parallel(parallel_for, cols, grain_for(row_tiles), [&](int64_t begin, int64_t end) {
-    for (int64_t tile = 0; tile < row_tiles; ++tile) {
-      const float* tile_sums = column_sums.get() + tile * cols;
-      for (int64_t c = begin; c < end; ++c) sums.cols[size_t(c)] += double(tile_sums[c]);
-    }
+    fold(column_sums.get(), row_tiles, cols, begin, end, sums.cols.data());
   });
   return sums;
 }

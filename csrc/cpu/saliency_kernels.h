@@ -11,6 +11,10 @@ AP_INLINE Float element(Float w, Float g, Float h) {
   if constexpr (mode == kMagnitudeL2) return w * w;
 }
 
+struct Ahead {  // bytes, see bytes_ahead
+  int64_t w, g, h;
+};
+
 // One row of a tile, from the tile's first column on.
 template <Mode mode, class W, class G, class H>
 struct Row {
@@ -20,8 +24,9 @@ struct Row {
   const G* g;
   const H* h;
 
-  AP_INLINE Pair elements(int64_t c) const {
-    const Pair x = stream_pair<kSplit>(w, c), y = stream_pair<kSplit>(g, c), z = stream_pair<kSplit>(h, c);
+  AP_INLINE Pair elements(int64_t c, const Ahead& ahead) const {
+    const Pair x = stream_pair<kSplit>(w, c, ahead.w), y = stream_pair<kSplit>(g, c, ahead.g),
+               z = stream_pair<kSplit>(h, c, ahead.h);
     return {element<mode>(x.first, y.first, z.first), element<mode>(x.second, y.second, z.second)};
   }
   AP_INLINE float one_element(int64_t c) const {
@@ -46,10 +51,13 @@ void add_rows(const ImportanceMember& member, int64_t first_row, int64_t first_c
     const int64_t end = std::min(c + kSumBlock, width / kStep * kStep);
     Floats sums[count] = {};
     for (; c < end; c += kStep) {
+      const Ahead ahead = {bytes_ahead<W>(c, width, count * member.weight.row_stride),
+                           bytes_ahead<G>(c, width, count * member.grad.row_stride),
+                           bytes_ahead<H>(c, width, count * member.fisher.row_stride)};
       Pair column = {};
 #pragma GCC unroll 4
       for (int k = 0; k < count; ++k) {
-        const Pair e = rows[k].elements(c);
+        const Pair e = rows[k].elements(c, ahead);
         sums[k] += e.first + e.second;
         column = k == 0 ? e : Pair{column.first + e.first, column.second + e.second};
       }
@@ -83,4 +91,19 @@ void sum_tile(const ImportanceMember& member, const TileRange& tile, double* row
                                                  row_sums + row, column_sums);
   }
   if (Row<mode, W, G, H>::kSplit && column_sums != nullptr) merge_split(column_sums, tile.width);
+}
+
+// Columns [begin, end) of `tiles` rows of tile sums, added up.
+inline void add_tiles(const float* tile_sums, int64_t tiles, int64_t cols, int64_t begin, int64_t end,
+                      double* sums) {
+  constexpr int64_t kPiece = 1024;  // sums that stay in the first-level cache
+  for (; begin < end; begin += kPiece) {
+    const int64_t width = std::min(kPiece, end - begin);
+    double* piece = sums + begin;
+    std::fill(piece, piece + width, 0.0);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const float* next = tile_sums + tile * cols + begin;
+      for (int64_t c = 0; c < width; ++c) piece[c] += double(next[c]);
+    }
+  }
 }

@@ -125,12 +125,12 @@ AP_INLINE Pair load_pair(const T* row, int64_t i) {
   }
 }
 
-// The same, of a row that is read once from memory.
+// The same, of a row that is read once; asks for the memory `ahead` bytes behind.
 template <bool split, class T>
-AP_INLINE Pair stream_pair(const T* row, int64_t i) {
+AP_INLINE Pair stream_pair(const T* row, int64_t i, int64_t ahead) {
   if constexpr (!std::is_same_v<T, Absent>) {
     for (int64_t byte = 0; byte < kStep * int64_t(sizeof(T)); byte += kLineBytes) {
-      prefetch_ahead(reinterpret_cast<const char*>(row + i) + byte);
+      prefetch(row + i, ahead + byte);
     }
   }
   return load_pair<split>(row, i);

@@ -5,7 +5,7 @@ struct TokenSums {  // of products (cosine), or the first alone of squared or ab
 };
 
 template <Metric metric, class T>
-AP_INLINE TokenSums token_sums(const T* a, const T* b, int64_t hidden) {
+AP_INLINE TokenSums token_sums(const T* a, const T* b, int64_t hidden, int64_t next_a, int64_t next_b) {
   constexpr bool kSplit = std::is_same_v<T, BFloat16>;
   TokenSums total = {0.0, 0.0, 0.0};
   int64_t c = 0;
@@ -13,7 +13,8 @@ AP_INLINE TokenSums token_sums(const T* a, const T* b, int64_t hidden) {
     const int64_t end = std::min(c + kSumBlock, hidden / kStep * kStep);
     Floats dot = {}, square_in = {}, square_out = {};
     for (; c < end; c += kStep) {
-      const Pair x = stream_pair<kSplit>(a, c), y = stream_pair<kSplit>(b, c);
+      const Pair x = stream_pair<kSplit>(a, c, bytes_ahead<T>(c, hidden, next_a));
+      const Pair y = stream_pair<kSplit>(b, c, bytes_ahead<T>(c, hidden, next_b));
       if constexpr (metric == kCosine) {
         dot += x.first * y.first + x.second * y.second;
         square_in += x.first * x.first + x.second * x.second;
@@ -45,7 +46,8 @@ void token_values(const Matrix& h_in, const Matrix& h_out, int64_t hidden, int64
                   double* per_token) {
   for (int64_t token = begin; token < end; ++token) {
     const TokenSums sums =
-        token_sums<metric>(element_of<T>(h_in, token, 0), element_of<T>(h_out, token, 0), hidden);
+        token_sums<metric>(element_of<T>(h_in, token, 0), element_of<T>(h_out, token, 0), hidden,
+                           h_in.row_stride, h_out.row_stride);
     if constexpr (metric == kCosine) {
       const double norm_in = std::max(std::sqrt(sums.square_in), kCosineEps);
       const double norm_out = std::max(std::sqrt(sums.square_out), kCosineEps);
