@@ -223,7 +223,8 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         _require("rounds", self.rounds, "at least 1", self.rounds >= 1)
-        _require("threads", self.threads, "at least 1, or not given", (self.threads or 1) >= 1)
+        threads = self.threads
+        _require("threads", threads, "at least 1, or not given", threads is None or threads >= 1)
         _require("seed", self.seed, "at least 0", self.seed >= 0)
         _require("threshold", self.threshold, "finite, above 0", 0 < self.threshold < math.inf)
         _require("models", self.models, "not given beside shapes", not (self.models and self.shapes))

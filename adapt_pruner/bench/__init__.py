@@ -1,4 +1,4 @@
-"""Benchmark of the kernels: each op, each way to compute it, beside what the memory can do in the same run."""
+"""Benchmark of the kernels: every op by every provider, beside what the memory can do in the same run."""
 
 from adapt_pruner.bench.kernels import BenchResult, bench_kernels
 from adapt_pruner.bench.results import Comparison, Row, compare, read_csv

@@ -181,8 +181,8 @@ def _importance(name: str, dims: Sequence[int]) -> Op:
 
 
 def head_size(columns: int) -> int | None:
-    """Columns of a run, None where no head size divides them."""
-    return next((size for size in HEAD_SIZES if columns % size == 0), None)
+    """Columns of a run, None where they are not two heads of any size or more."""
+    return next((size for size in HEAD_SIZES if columns % size == 0 and columns > size), None)
 
 
 def _gather(name: str, dim: int, *, heads: bool = False) -> Op:

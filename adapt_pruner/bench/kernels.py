@@ -128,7 +128,7 @@ def _what_fits(
                             f"{needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
                         ] = None
                     elif op.needs_heads and head_size(shape[1]) is None:
-                        notes[f"{op.name} {_text(shape)} left out: columns are no multiple of 64"] = None
+                        notes[f"{op.name} {_text(shape)} left out: its columns are no heads of 64 or 128"] = None
                     else:
                         ops.append(op)
                 if ops:
@@ -154,9 +154,7 @@ def _measure(
     for bound in rooflines(buffers, ops):
         bound.run()
         cases.append(
-            Case(
-                f"roofline_{bound.name}", "roofline", device.type, bound.bound, bound.bytes_moved, bound.run
-            )
+            Case(f"roofline_{bound.name}", "roofline", device.type, bound.bound, bound.bytes_moved, bound.run)
         )
     if "compile" in selection.providers:
         torch.compiler.reset()  # it would stop compiling the same functions after some shapes

@@ -12,7 +12,10 @@ from pathlib import Path
 import torch
 
 Function = Callable[[], object]
-SECONDS_OF_CLOCK = {"wall": 1e-3, "cpu": 20e-3}  # of a measurement at least: the CPU clock may tick every 4 ms
+SECONDS_OF_CLOCK = {
+    "wall": 1e-3,
+    "cpu": 20e-3,
+}  # of a measurement at least: the CPU clock may tick every 4 ms
 MOST_CALLS = 1000
 
 
@@ -77,9 +80,7 @@ def make_timer(device: torch.device, clock: str, threads: int) -> CpuTimer | Cud
     return CpuTimer(clock, threads) if device.type == "cpu" else CudaTimer(device)
 
 
-def take_turns(
-    functions: Sequence[Function], timer: CpuTimer | CudaTimer, rounds: int
-) -> list[list[float]]:
+def take_turns(functions: Sequence[Function], timer: CpuTimer | CudaTimer, rounds: int) -> list[list[float]]:
     """Seconds per call of each function in each round; every round measures all of them one after the other.
 
     Functions have run before: nothing is compiled, allocated for good or touched for the first time here.

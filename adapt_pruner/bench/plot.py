@@ -7,15 +7,15 @@ from pathlib import Path
 
 from adapt_pruner.bench.results import Row
 
-_COLOURS = {"eager": "#999999", "eager_preallocated": "#e08e0b", "compile": "#6f4e9c", "ours": "#3574b2"}
-_OTHER_BACKENDS = {"cuda": "#2e8b57", "triton": "#c0392b"}
+_COLOURS = {"eager": "#999999", "eager_preallocated": "#e08e0b", "compile": "#6f4e9c"}
+_COLOURS_OF_OURS = {"cpu": "#3574b2", "cuda": "#2e8b57", "triton": "#c0392b"}
 
 
 def plot_rooflines(rows: Sequence[Row], path: Path) -> None:
-    """GB/s over the bytes of a tensor, a panel for each op, dtype and device; the roofline is the black line.
+    """GB/s on each shape, a panel for each op, dtype and device; rooflines are the black bars.
 
     Args:
-        rows: at least one of an op, with its rooflines.
+        rows: at least one of an op.
         path: PNG file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -24,9 +24,11 @@ def plot_rooflines(rows: Sequence[Row], path: Path) -> None:
     measured = [row for row in rows if row.provider != "roofline"]
     ops = list(dict.fromkeys(row.op for row in measured))
     columns = list(dict.fromkeys((row.device, row.dtype) for row in measured))
-    figure = Figure(figsize=(4.5 * len(columns) + 1, 2.2 * len(ops) + 1), layout="constrained")
+    shapes = sorted({row.shape for row in measured}, key=_size)
+    width = max(3.5, 0.4 * len(shapes))
+    figure = Figure(figsize=(width * len(columns) + 1, 2.2 * len(ops) + 1.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(ops), len(columns), squeeze=False, sharex=True)
+    axes = figure.subplots(len(ops), len(columns), squeeze=False, sharex=True, sharey="row")
     handles = {}
     for i, op in enumerate(ops):
         for j, column in enumerate(columns):
@@ -35,36 +37,27 @@ def plot_rooflines(rows: Sequence[Row], path: Path) -> None:
             lines: dict[tuple[str, str], list[Row]] = {}
             for row in here:
                 lines.setdefault((row.provider, row.backend), []).append(row)
-            bound: dict[float, float] = {}
-            for row in here:
-                bound[_elements(row)] = row.gbps / row.fraction_of_roofline
-            (line,) = axis.plot(*zip(*sorted(bound.items()), strict=True), "k_-", ms=14, lw=1)
-            handles["roofline"] = line
+            limits = [row.gbps / row.fraction_of_roofline for row in here]
+            places = [shapes.index(row.shape) for row in here]
+            (handles["roofline"],) = axis.plot(places, limits, "k_", ms=22, mew=1.5)
             for (provider, backend), points in lines.items():
-                label = f"ours ({backend})" if provider == "ours" else provider
-                colour = _OTHER_BACKENDS.get(backend, "#3574b2") if provider == "ours" else _COLOURS[provider]
-                points.sort(key=_elements)
-                (line,) = axis.plot(
-                    [_elements(p) for p in points], [p.gbps for p in points], "o-", ms=4, lw=1, color=colour
+                ours = provider == "ours"
+                (handles[f"ours ({backend})" if ours else provider],) = axis.plot(
+                    [shapes.index(point.shape) for point in points],
+                    [point.gbps for point in points],
+                    "o",
+                    ms=5,
+                    color=_COLOURS_OF_OURS[backend] if ours else _COLOURS[provider],
                 )
-                handles[label] = line
-            axis.set_xscale("log")
             axis.set_yscale("log")
-            axis.set_title(op, fontsize=9)
-            if j == 0:
-                axis.set_ylabel("GB/s")
-            if i == 0:
-                axis.annotate(
-                    f"{column[0]}\n{column[1]}", (0.5, 1.25), xycoords="axes fraction", ha="center", fontsize=9
-                )
-            if i == len(ops) - 1:
-                axis.set_xlabel("elements of the weight")
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), frameon=False
-    )
+            axis.set_xlim(-0.5, len(shapes) - 0.5)
+            axis.set_xticks(range(len(shapes)), shapes, rotation=90 if len(shapes) > 3 else 0)
+            axis.set_title(op if i else f"{column[0]}, {column[1]}\n\n{op}", fontsize=9)
+        axes[i][0].set_ylabel("GB/s")
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
 
 
-def _elements(row: Row) -> float:
-    rows, columns = row.shape.split("x")
-    return float(rows) * float(columns)
+def _size(shape: str) -> tuple[int, int]:
+    rows, columns = (int(n) for n in shape.split("x"))
+    return rows * columns, rows

@@ -114,8 +114,12 @@ def _backends(text: str) -> dict[torch.device, tuple[str, ...]]:
             if problems[name] is not None:
                 raise BackendUnavailable(f"backend {name!r} cannot be used: {problems[name]}")
     on_gpu = tuple(name for name in names if name != "cpu")
-    found = {torch.device("cpu"): ("cpu",)} if "cpu" in names else {}
-    return {**found, torch.device("cuda", torch.cuda.current_device()): on_gpu} if on_gpu else found
+    found: dict[torch.device, tuple[str, ...]] = {}
+    if "cpu" in names:
+        found[torch.device("cpu")] = ("cpu",)
+    if on_gpu:
+        found[torch.device("cuda", torch.cuda.current_device())] = on_gpu
+    return found
 
 
 def needed_bytes(shape: Shape, dtype: str, op: Op, providers: Iterable[str]) -> int:
