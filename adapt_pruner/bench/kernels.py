@@ -128,7 +128,9 @@ def _what_fits(
                             f"{needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
                         ] = None
                     elif op.needs_heads and head_size(shape[1]) is None:
-                        notes[f"{op.name} {_text(shape)} left out: its columns are no heads of 64 or 128"] = None
+                        notes[f"{op.name} {_text(shape)} left out: its columns are no heads of 64 or 128"] = (
+                            None
+                        )
                     else:
                         ops.append(op)
                 if ops:

@@ -399,7 +399,9 @@ def test_a_provider_that_cannot_run_at_all_is_an_error(monkeypatch):
 
     ops = tuple(dataclasses.replace(op, providers=unavailable) for op in OPS[:1])
     monkeypatch.setattr(bench, "Selection", FixedSelection(ops))
-    with pytest.raises(BackendUnavailable, match=r"unit_importance_rows by ours \(cpu\) left out: needs triton"):
+    with pytest.raises(
+        BackendUnavailable, match=r"unit_importance_rows by ours \(cpu\) left out: needs triton"
+    ):
         bench.bench_kernels(BenchConfig("kernels", rounds=1))
 
 
