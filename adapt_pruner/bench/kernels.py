@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import os
 import statistics
@@ -74,6 +75,19 @@ class Case:
     run: Callable[[], object]
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What is measured in turns: ops on one shape and dtype on one device."""
+
+    device: torch.device
+    shape: Shape
+    dtype: str
+    ops: tuple[Op, ...]
+
+    def __str__(self) -> str:
+        return f"{_text(self.shape)} {self.dtype} on {self.device}"
+
+
 def bench_kernels(config: BenchConfig) -> BenchResult:
     """Measures the ops of pruning beside plain PyTorch and the bandwidth of the memory.
 
@@ -90,12 +104,12 @@ def bench_kernels(config: BenchConfig) -> BenchResult:
         require_empty(Path(config.output))
     notes: dict[str, None] = {}
     problems = _what_fits(selection, notes)
+    rows: list[Row] = []
     with _threads(config.threads), torch.no_grad():
         settings = _environment(config, selection)
-        rows: list[Row] = []
-        for device, shape, dtype, ops in problems:
-            _log.info("%s %s on %s: %d ops", _text(shape), dtype, device, len(ops))
-            rows += _measure(config, selection, device, shape, dtype, ops, notes)
+        for problem in problems:
+            _log.info("%s: %d ops", problem, len(problem.ops))
+            rows += _measure(config, selection, problem, notes)
     measured = {row.provider for row in rows}
     if len(selection.providers) == 1 and selection.providers[0] not in measured:
         raise BackendUnavailable("; ".join(notes))
@@ -106,9 +120,7 @@ def bench_kernels(config: BenchConfig) -> BenchResult:
     return result
 
 
-def _what_fits(
-    selection: Selection, notes: dict[str, None]
-) -> list[tuple[torch.device, Shape, str, list[Op]]]:
+def _what_fits(selection: Selection, notes: dict[str, None]) -> list[Problem]:
     """The problems to measure; what is left out goes to the notes.
 
     Raises:
@@ -117,95 +129,92 @@ def _what_fits(
     problems = []
     for device in selection.backends:
         free = free_bytes(device)
-        for shape in selection.shapes:
-            for dtype in selection.dtypes:
-                ops = []
-                for op in selection.ops:
-                    needed = needed_bytes(shape, dtype, op, selection.providers)
-                    if needed > free:
-                        notes[
-                            f"{op.name} {_text(shape)} {dtype} on {device} left out: it needs about "
-                            f"{needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
-                        ] = None
-                    elif op.needs_heads and head_size(shape[1]) is None:
-                        notes[f"{op.name} {_text(shape)} left out: its columns are no heads of 64 or 128"] = (
-                            None
-                        )
-                    else:
-                        ops.append(op)
-                if ops:
-                    problems.append((device, shape, dtype, ops))
-    for note in notes:
-        _log.warning("%s", note)
+        for shape, dtype in itertools.product(selection.shapes, selection.dtypes):
+            problem = Problem(device, shape, dtype, ())
+            for op in selection.ops:
+                ops = (*problem.ops, op)
+                needed = needed_bytes(shape, dtype, ops, selection.providers)
+                if op.needs_heads and head_size(shape[1]) is None:
+                    _leave_out(f"{op.name} {_text(shape)}", "its columns are no heads of 64 or 128", notes)
+                elif needed > free:
+                    reason = (
+                        f"about {needed / 2**30:.1f} GiB of memory are needed, {free / 2**30:.1f} are free"
+                    )
+                    _leave_out(f"{op.name} {problem}", reason, notes)
+                else:
+                    problem = dataclasses.replace(problem, ops=ops)
+            if problem.ops:
+                problems.append(problem)
     if not problems:
         raise ValueError(f"nothing can be measured: {'; '.join(notes)}")
     return problems
 
 
 def _measure(
-    config: BenchConfig,
-    selection: Selection,
-    device: torch.device,
-    shape: Shape,
-    dtype: str,
-    ops: list[Op],
-    notes: dict[str, None],
+    config: BenchConfig, selection: Selection, problem: Problem, notes: dict[str, None]
 ) -> list[Row]:
-    buffers = Buffers(shape, DTYPES[dtype], device, config.seed)
-    cases = []
-    for bound in rooflines(buffers, ops):
-        bound.run()
-        cases.append(
-            Case(f"roofline_{bound.name}", "roofline", device.type, bound.bound, bound.bytes_moved, bound.run)
-        )
-    if "compile" in selection.providers:
-        torch.compiler.reset()  # it would stop compiling the same functions after some shapes
-    for op in ops:
-        for case in _cases(op, selection, buffers):
-            try:
-                for _ in range(2):  # compiles, and touches what it writes
-                    case.run()
-            except BackendUnavailable as error:
-                _leave_out(case, str(error), notes)
-            except Exception as error:  # of a compiler, in one of its many ways
-                if case.provider != "compile":
-                    raise
-                _leave_out(case, f"torch.compile failed: {error}", notes)
-            else:
-                cases.append(case)
-    timer = make_timer(device, config.clock, torch.get_num_threads())
+    buffers = Buffers(problem.shape, DTYPES[problem.dtype], problem.device, config.seed)
+    cases = _ready_cases(selection, problem, buffers, notes)
+    timer = make_timer(problem.device, config.clock, torch.get_num_threads())
     extra = [timer.extra_bytes(case.run) for case in cases]
     seconds = take_turns([case.run for case in cases], timer, config.rounds)
-    by_roofline = {
-        case.op.removeprefix("roofline_"): case.bytes_moved / statistics.median(measured)
-        for case, measured in zip(cases, seconds, strict=True)
-        if case.provider == "roofline"
-    }
+    rates = [
+        case.bytes_moved / statistics.median(measured) for case, measured in zip(cases, seconds, strict=True)
+    ]
+    limits = {case.op: rate for case, rate in zip(cases, rates, strict=True)}
+    device_name = _device_name(problem.device)
     rows = []
-    for case, measured, extra_bytes in zip(cases, seconds, extra, strict=True):
+    for case, measured, rate, extra_bytes in zip(cases, seconds, rates, extra, strict=True):
         p20, p50, p80 = (_rounded(v * 1e3) for v in np.quantile(measured, (0.2, 0.5, 0.8)))
-        rate = case.bytes_moved / statistics.median(measured)
         rows.append(
             Row(
                 op=case.op,
                 provider=case.provider,
                 backend=case.backend,
-                shape=_text(shape),
-                dtype=dtype,
+                shape=_text(problem.shape),
+                dtype=problem.dtype,
                 threads=torch.get_num_threads(),
                 ms_p20=p20,
                 ms_p50=p50,
                 ms_p80=p80,
                 gbps=_rounded(rate / 1e9),
-                fraction_of_roofline=_rounded(rate / by_roofline[case.roofline]),
+                fraction_of_roofline=_rounded(rate / limits[f"roofline_{case.roofline}"]),
                 roofline=case.roofline,
                 extra_bytes=extra_bytes,
                 extra_of_tensor=None if extra_bytes is None else _rounded(extra_bytes / buffers.bytes),
-                clock=config.clock if device.type == "cpu" else "cuda",
-                device=_device_name(device),
+                clock=config.clock if problem.device.type == "cpu" else "cuda",
+                device=device_name,
             )
         )
     return rows
+
+
+def _ready_cases(
+    selection: Selection, problem: Problem, buffers: Buffers, notes: dict[str, None]
+) -> list[Case]:
+    """Rooflines and ops by every provider that can compute them; all have run."""
+    cases = []
+    for bound in rooflines(buffers, problem.ops):
+        bound.run()
+        name, device = f"roofline_{bound.name}", problem.device.type
+        cases.append(Case(name, "roofline", device, bound.bound, bound.bytes_moved, bound.run))
+    if "compile" in selection.providers:
+        torch.compiler.reset()  # it would stop compiling the same functions after some shapes
+    for op in problem.ops:
+        for case in _cases(op, selection, buffers):
+            try:
+                for _ in range(2):  # compiles, and touches what it writes
+                    case.run()
+            except Exception as error:  # compilers fail in many ways
+                if case.provider != "compile" and not isinstance(error, BackendUnavailable):
+                    raise
+                first_line = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+                failed = "torch.compile failed: " * (case.provider == "compile")
+                what = f"{case.op} by {case.provider} ({case.backend})"
+                _leave_out(what, failed + first_line.strip(), notes)
+            else:
+                cases.append(case)
+    return cases
 
 
 def _cases(op: Op, selection: Selection, buffers: Buffers) -> Iterator[Case]:
@@ -217,9 +226,8 @@ def _cases(op: Op, selection: Selection, buffers: Buffers) -> Iterator[Case]:
             yield Case(op.name, provider, backend, op.bound_on(device), moved, run)
 
 
-def _leave_out(case: Case, reason: str, notes: dict[str, None]) -> None:
-    lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    note = f"{case.op} by {case.provider} ({case.backend}) left out: {lines[0] if lines else reason}"
+def _leave_out(what: str, reason: str, notes: dict[str, None]) -> None:
+    note = f"{what} left out: {reason}"
     if note not in notes:
         _log.warning("%s", note)
     notes[note] = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ SECONDS_OF_CLOCK = {
     "wall": 1e-3,
     "cpu": 20e-3,
 }  # of a measurement at least: the CPU clock may tick every 4 ms
-MOST_CALLS = 1000
+MOST_CALLS = 1024
 
 
 class CpuTimer:
@@ -85,16 +84,20 @@ def take_turns(functions: Sequence[Function], timer: CpuTimer | CudaTimer, round
 
     Functions have run before: nothing is compiled, allocated for good or touched for the first time here.
     """
-    calls = []
-    for function in functions:
-        once = timer.seconds(function, 1)
-        enough = math.ceil(timer.least_seconds / once) if once > 0 else MOST_CALLS
-        calls.append(min(max(1, enough), MOST_CALLS))
+    calls = [_calls_for(function, timer) for function in functions]
     seconds: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
         for function, count, measured in zip(functions, calls, seconds, strict=True):
             measured.append(timer.seconds(function, count))
     return seconds
+
+
+def _calls_for(function: Function, timer: CpuTimer | CudaTimer) -> int:
+    """So many that one measurement takes long enough."""
+    calls = 1
+    while timer.seconds(function, calls) * calls < timer.least_seconds and calls < MOST_CALLS:
+        calls *= 2
+    return calls
 
 
 def free_bytes(device: torch.device) -> int:

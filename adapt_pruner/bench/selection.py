@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from adapt_pruner.bench.cases import DTYPES, OPS, PROVIDERS, TOKENS, Op
+from adapt_pruner.bench.cases import DTYPES, KEPT, OPS, PROVIDERS, TOKENS, Op
 from adapt_pruner.bench.layers import DEFAULT_SHAPES, MODELS, Shape
 from adapt_pruner.config import BenchConfig
 from adapt_pruner.kernels.backends import BackendUnavailable, backend_status
@@ -122,13 +122,18 @@ def _backends(text: str) -> dict[torch.device, tuple[str, ...]]:
     return found
 
 
-def needed_bytes(shape: Shape, dtype: str, op: Op, providers: Iterable[str]) -> int:
-    """Estimate of what measuring one op takes at its peak, its rooflines included."""
-    elements, size = math.prod(shape), DTYPES[dtype].itemsize
-    stats, linear = op.family == "activation_stats", op.family == "linear_importance"
-    tensors = 2.0 * size + 0.75 * size  # the inputs, and the target of copies and gathers
-    if linear or "eager_preallocated" in providers:
-        tensors += 4 if stats else size
-    if set(providers) & {"eager", "compile"}:
-        tensors += op.temporaries * (4 if stats else size)
-    return int(elements * tensors) + (TOKENS * sum(shape) * size if linear else 0)
+def needed_bytes(shape: Shape, dtype: str, ops: Sequence[Op], providers: Iterable[str]) -> int:
+    """Estimate of what measuring ops in turns takes at its peak, their rooflines included."""
+    size, fp32 = DTYPES[dtype].itemsize, torch.float32.itemsize
+    families = {op.family for op in ops}
+    preallocated, allocating = "eager_preallocated" in providers, {"eager", "compile"} & set(providers)
+    per_element = (2 + KEPT) * size  # the inputs, and the target of copies and gathers
+    if preallocated or "linear_importance" in families:
+        per_element += size
+    if preallocated and "activation_stats" in families and size != fp32:
+        per_element += fp32
+    if allocating:
+        of_plain = [op.temporaries * (fp32 if op.family == "activation_stats" else size) for op in ops]
+        per_element += max(of_plain)
+    tokens = TOKENS * sum(shape) * size if "linear_importance" in families else 0
+    return int(math.prod(shape) * per_element) + tokens
