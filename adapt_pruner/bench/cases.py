@@ -145,6 +145,21 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> Run:
     return lambda: fast(*arguments)
 
 
+def choose(
+    provider: str, plain: Callable[..., Results], arguments: Sequence[Tensor], preallocated: Run, ours: Run
+) -> Run:
+    """The function of a provider. Buffers that `preallocated` asks for are made when it runs first."""
+    if provider == "compile":
+        return compiled(plain, *arguments)
+    runs = {"eager": lambda: plain(*arguments), "eager_preallocated": preallocated, "ours": ours}
+    return runs[provider]
+
+
+def checks_scores(b: Buffers) -> bool:
+    """Whether ours looks for NaN, as by default: not on a GPU, where it would wait for the device."""
+    return b.device.type == "cpu"
+
+
 # ---- unit_importance
 
 
@@ -154,22 +169,18 @@ def _importance(name: str, dims: Sequence[int]) -> Op:
         return tuple(saliency.sum(1 - dim) for dim in dims)
 
     def providers(b: Buffers, provider: str, backend: str) -> Run:
-        if provider == "eager":
-            return lambda: plain(b.weight, b.other)
-        if provider == "compile":
-            return compiled(plain, b.weight, b.other)
-        if provider == "ours":
-            sets = [UnitSet([b.weight], [b.other], [dim], [1]) for dim in dims]
-            check = b.device.type == "cpu"  # on a GPU it would wait for the device, as the pruner does later
-            return lambda: tuple(unit_importances(sets, check_finite=check, backend=backend))
-        scores = (b.row_scores, b.column_scores)
+        sets = [UnitSet([b.weight], [b.other], [dim], [1]) for dim in dims]
+        check = checks_scores(b)
 
         def preallocated() -> Results:
             torch.mul(b.weight, b.other, out=b.temporary).abs_()
+            scores = (b.row_scores, b.column_scores)
             return tuple(torch.sum(b.temporary, 1 - dim, out=scores[dim]) for dim in dims)
 
-        _ = b.temporary
-        return preallocated
+        def ours() -> Results:
+            return tuple(unit_importances(sets, check_finite=check, backend=backend))
+
+        return choose(provider, plain, (b.weight, b.other), preallocated, ours)
 
     def moved(shape: Shape, size: int) -> int:
         return 2 * math.prod(shape) * size
@@ -242,15 +253,8 @@ def _similarity(metric: str) -> Op:
         return ((a - b).abs().sum(-1).mean(),)
 
     def providers(b: Buffers, provider: str, backend: str) -> Run:
-        if provider == "eager":
-            return lambda: plain(b.weight, b.other)
-        if provider == "compile":
-            return compiled(plain, b.weight, b.other)
-        if provider == "ours":
-            return lambda: (residual_similarity(b.weight, b.other, metric, backend=backend),)
-        tokens = b.row_scores
-
         def preallocated() -> Results:
+            tokens = b.row_scores
             if metric == "cosine":
                 torch.mul(b.weight, b.other, out=b.temporary)
                 dot = torch.sum(b.temporary, -1, out=tokens)
@@ -261,8 +265,10 @@ def _similarity(metric: str) -> Op:
                 return (torch.linalg.vector_norm(b.temporary, dim=-1, out=tokens).mean(),)
             return (torch.sum(b.temporary.abs_(), -1, out=tokens).mean(),)
 
-        _ = b.temporary
-        return preallocated
+        def ours() -> Results:
+            return (residual_similarity(b.weight, b.other, metric, backend=backend),)
+
+        return choose(provider, plain, (b.weight, b.other), preallocated, ours)
 
     def moved(shape: Shape, size: int) -> int:
         return 2 * math.prod(shape) * size
@@ -290,25 +296,17 @@ def _plain_stats(x: Tensor, mean: Tensor, m2: Tensor, count: Tensor) -> Results:
 
 def _stats_providers(b: Buffers, provider: str, backend: str) -> Run:
     state = b.statistics()
-    if provider == "eager":
-        return lambda: _plain_stats(b.weight, *state)
-    if provider == "compile":
-        return compiled(_plain_stats, b.weight, *state)
-    if provider == "ours":
 
-        def ours() -> Results:
-            activation_stats(b.weight, *state, backend=backend)
-            return state[:2]
-
-        return ours
+    def ours() -> Results:
+        activation_stats(b.weight, *state, backend=backend)
+        return state[:2]
 
     def preallocated() -> Results:
         values = b.temporary_fp32.copy_(b.weight)
         mean = values.mean(0)
         return _merge(*state, values.shape[0], mean, values.sub_(mean).square_().sum(0))
 
-    _ = b.temporary_fp32
-    return preallocated
+    return choose(provider, _plain_stats, (b.weight, *state), preallocated, ours)
 
 
 def _stats_bytes(shape: Shape, size: int) -> int:
@@ -323,21 +321,16 @@ def _plain_linear(x: Tensor, dy: Tensor, weight: Tensor) -> Results:
 
 
 def _linear_providers(b: Buffers, provider: str, backend: str) -> Run:
-    arguments = (b.x, b.dy, b.weight)
-    if provider == "eager":
-        return lambda: _plain_linear(*arguments)
-    if provider == "compile":
-        return compiled(_plain_linear, *arguments)
-    if provider == "ours":
-        check = b.device.type == "cpu"
-        return lambda: (linear_importance(*arguments, 0, check_finite=check, backend=backend),)
+    arguments, check = (b.x, b.dy, b.weight), checks_scores(b)
+
+    def ours() -> Results:
+        return (linear_importance(*arguments, 0, check_finite=check, backend=backend),)
 
     def preallocated() -> Results:
         grad = torch.mm(b.dy.T, b.x, out=b.temporary)
         return (torch.sum(grad.mul_(b.weight).abs_(), 1, out=b.row_scores),)
 
-    _ = b.temporary
-    return preallocated
+    return choose(provider, _plain_linear, arguments, preallocated, ours)
 
 
 def _linear_bytes(shape: Shape, size: int) -> int:

@@ -17,6 +17,7 @@ from adapt_pruner.kernels.backends import BackendUnavailable, backend_status
 from adapt_pruner.kernels.roofline import require_roofline
 
 BACKENDS = ("cpu", "cuda", "triton")
+MARGIN = 1.1  # for what the estimate of memory does not know
 
 
 @dataclass(frozen=True)
@@ -136,4 +137,4 @@ def needed_bytes(shape: Shape, dtype: str, ops: Sequence[Op], providers: Iterabl
         of_plain = [op.temporaries * (fp32 if op.family == "activation_stats" else size) for op in ops]
         per_element += max(of_plain)
     tokens = TOKENS * sum(shape) * size if "linear_importance" in families else 0
-    return int(math.prod(shape) * per_element) + tokens
+    return int(MARGIN * (math.prod(shape) * per_element + tokens))

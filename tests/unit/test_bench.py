@@ -79,6 +79,19 @@ def test_every_op_has_its_bytes_checked():
     assert {op for op, _, _ in parameters} == set(BY_NAME)
 
 
+def test_bounds():
+    on_cpu = {op.family: op.bound_on(CPU) for op in OPS}
+    assert on_cpu == {
+        "unit_importance": "read",
+        "gather_units": "memcpy",
+        "residual_similarity": "read",
+        "activation_stats": "read_one",
+        "linear_importance": "gemm",
+    }
+    on_gpu = {op.family: op.bound_on(torch.device("cuda")) for op in OPS}
+    assert on_gpu == dict.fromkeys(on_cpu, "copy") | {"linear_importance": "gemm"}
+
+
 def test_shapes_of_models():
     assert list(MODELS["Llama-3.1-8B"].shapes()) == [
         (4096, 14336),
@@ -329,7 +342,7 @@ def test_what_does_not_fit_is_left_out_before_anything_runs(command, monkeypatch
     shown = json.loads(out)
     assert {row["shape"] for row in shown["rows"]} == {"16x256"}
     (note,) = shown["notes"]
-    assert "activation_stats 4096x14336 fp32 on cpu left out: about 0.6 GiB" in note
+    assert "activation_stats 4096x14336 fp32 on cpu left out: about 0.7 GiB" in note
     assert note in err
     status, out, err = command(*arguments, "--shapes", "4096x14336")
     assert (status, out) == (1, "")
