@@ -357,7 +357,7 @@ OPS = (
 
 @dataclass(frozen=True)
 class Roofline:
-    """An upper bound, measured like an op. `bound` is the roofline that its own rate is compared with."""
+    """A bound, measured like an op. `bound` is the roofline that its own rate is compared with."""
 
     name: str
     bound: str

@@ -1,4 +1,4 @@
-"""What the memory of a device can do: the upper bounds that `bench kernels` measures the other ops against.
+"""What the memory of a device can do: the bounds that `bench kernels` measures the other ops against.
 
 On CPUs these are native ops (csrc/cpu/roofline.cpp) on torch's threads, on other devices torch's own.
 """
