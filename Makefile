@@ -39,7 +39,7 @@ else
 endif
 	@ls -l dist/*
 
-# Kernel throughput and the cost of one iteration against a bare forward and backward pass.
+# Kernel times (`adapt-pruner bench kernels` has them beside the memory's bandwidth) and the cost of one iteration against a bare forward and backward pass.
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-columns=min,median,max,rounds
 	$(BIN)/python benchmarks/iteration.py

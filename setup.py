@@ -32,6 +32,7 @@ CPU_SOURCES = [
     "cpu/gather.cpp",
     "cpu/similarity.cpp",
     "cpu/activations.cpp",
+    "cpu/roofline.cpp",
 ]
 CUDA_SOURCES = ["cuda/runtime.cu", "cuda/saliency.cu", "cuda/gather.cu", "cuda/similarity.cu"]
 HEADERS = ["kernels.h", "checks.h", "cuda/common.cuh"]

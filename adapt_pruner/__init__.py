@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from adapt_pruner.modeling.registration import register_on_first_load
 
 if TYPE_CHECKING:
-    from adapt_pruner.config import EvaluateConfig, InspectConfig, PruneConfig
+    from adapt_pruner.bench import BenchResult, bench_kernels
+    from adapt_pruner.config import BenchConfig, EvaluateConfig, InspectConfig, PruneConfig
     from adapt_pruner.evaluation.evaluate import EvaluationResult, evaluate
     from adapt_pruner.inspection import ModelSummary, summarize
     from adapt_pruner.plan import PruningPlan
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from adapt_pruner.surgery import apply_plan
 
 _HOME = {
+    "BenchConfig": "config",
+    "BenchResult": "bench",
     "EvaluateConfig": "config",
     "EvaluationResult": "evaluation.evaluate",
     "InspectConfig": "config",
@@ -29,12 +32,15 @@ _HOME = {
     "PruneResult": "pruner",
     "PruningPlan": "plan",
     "apply_plan": "surgery",
+    "bench_kernels": "bench",
     "evaluate": "evaluation.evaluate",
     "prune": "pruner",
     "summarize": "inspection",
 }
 
 __all__ = [
+    "BenchConfig",
+    "BenchResult",
     "EvaluateConfig",
     "EvaluationResult",
     "InspectConfig",
@@ -43,6 +49,7 @@ __all__ = [
     "PruneResult",
     "PruningPlan",
     "apply_plan",
+    "bench_kernels",
     "evaluate",
     "prune",
     "summarize",

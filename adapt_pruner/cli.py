@@ -19,7 +19,7 @@ from rich.console import Console
 
 from adapt_pruner import __version__
 from adapt_pruner.assets import AssetError, resolve_model
-from adapt_pruner.config import ApplyConfig, EvaluateConfig, InspectConfig, PruneConfig
+from adapt_pruner.config import ApplyConfig, BenchConfig, EvaluateConfig, InspectConfig, PruneConfig
 from adapt_pruner.kernels import BackendUnavailable
 from adapt_pruner.report import console as show
 
@@ -28,13 +28,17 @@ class _WrongUsage(Exception):
     """Arguments that the parser accepts one by one, but that are not enough for the command."""
 
 
-Shown = tuple[dict[str, Any], Callable[[Console], None]]
+# What --json prints, what prints the same for people, and the exit status if it is not 0.
+Shown = (
+    tuple[dict[str, Any], Callable[[Console], None]] | tuple[dict[str, Any], Callable[[Console], None], int]
+)
 
 _COMMANDS: dict[str, tuple[type | None, tuple[str, ...], str]] = {
     "prune": (PruneConfig, ("model",), "prune a model to a parameter budget"),
     "apply": (ApplyConfig, ("plan", "model"), "replay a saved plan on a checkpoint"),
     "evaluate": (EvaluateConfig, ("model",), "perplexity and multiple-choice accuracy"),
     "inspect": (InspectConfig, ("model",), "widths, parameters, FLOPs and KV cache, layer by layer"),
+    "bench": (BenchConfig, ("suite",), "time of the kernels beside plain PyTorch and the memory's limits"),
     "doctor": (None, (), "versions, built ops, and which backends work here"),
     "demo": (None, (), "prune SmolLM2-135M to 80% and show the result"),
 }
@@ -101,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
-            result, print_result = _RUN[parsed.command](arguments)
+            result, print_result, *status = _RUN[parsed.command](arguments)
     except KeyboardInterrupt:
         print("adapt-pruner: interrupted; --resume goes on with an unfinished run", file=sys.stderr)
         return 130
@@ -117,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(result, indent=1))
     else:
         print_result(Console())
-    return 0
+    return status[0] if status else 0
 
 
 def _log_to_stderr() -> None:
@@ -210,6 +214,13 @@ def _inspect(arguments: Namespace) -> Shown:
     return result, lambda console: show.show_inspected(console, after, before)
 
 
+def _bench(arguments: Namespace) -> Shown:
+    from adapt_pruner.bench import bench_kernels
+
+    result = bench_kernels(_config(BenchConfig, arguments))
+    return result.to_dict(), lambda console: show.show_benchmark(console, result), int(result.failed)
+
+
 def _doctor(arguments: Namespace) -> Shown:
     from adapt_pruner.doctor import diagnose
 
@@ -232,6 +243,7 @@ _RUN: dict[str, Callable[[Namespace], Shown]] = {
     "apply": _apply,
     "evaluate": _evaluate,
     "inspect": _inspect,
+    "bench": _bench,
     "doctor": _doctor,
     "demo": _demo,
 }

@@ -181,3 +181,51 @@ class InspectConfig:
 
     def __post_init__(self) -> None:
         _require("context", self.context, "at least 1", self.context >= 1)
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Settings of `bench`.
+
+    Args:
+        suite: what to measure: kernels.
+        ops: ops, separated by commas; a public op such as unit_importance stands for its variants, "all" for
+            every one.
+        shapes: ROWSxCOLUMNS of weights, separated by commas; the down projections of SmolLM2-135M and
+            Llama-3.1-8B if neither these nor models are given.
+        models: take the shapes of these models' layers; "all" for every known one.
+        dtypes: fp32, bf16 and fp16, separated by commas.
+        threads: of the CPU ops; those torch has chosen if not given.
+        providers: eager (with and without preallocated temporaries), compile and ours, separated by commas.
+        backends: kernels to use, cpu, cuda and triton, separated by commas; "auto" for all that work here.
+        rounds: measurements of each case; all cases of a shape take turns.
+        clock: time of the wall, or CPU time per thread for cores that are shared with other work (CPU only).
+        seed: of the random tensors and of the kept units.
+        compare: kernels.csv of an earlier run, to report what became slower.
+        threshold: by how much of its time at least, in fractions of one.
+        output: directory to create, with the rows as CSV, a plot and the settings.
+    """
+
+    suite: Literal["kernels"]
+    ops: str = "all"
+    shapes: str | None = None
+    models: str | None = None
+    dtypes: str = "fp32,bf16"
+    threads: int | None = None
+    providers: str = "eager,compile,ours"
+    backends: str = "auto"
+    rounds: int = 10
+    clock: Literal["wall", "cpu"] = "wall"
+    seed: int = 0
+    compare: str | None = None
+    threshold: float = 0.1
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        _require("rounds", self.rounds, "at least 1", self.rounds >= 1)
+        threads = self.threads
+        _require("threads", threads, "at least 1, or not given", threads is None or threads >= 1)
+        _require("seed", self.seed, "at least 0", self.seed >= 0)
+        _require("threshold", self.threshold, "finite, above 0", 0 < self.threshold < math.inf)
+        _require("models", self.models, "not given beside shapes", not (self.models and self.shapes))
+        _require_choices(self)

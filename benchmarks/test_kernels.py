@@ -1,47 +1,61 @@
-"""Throughput of the ops beside plain PyTorch, on the layer shape of an 8B model: `make bench`."""
+"""The cases of `adapt-pruner bench kernels` under pytest-benchmark, on a layer of an 8B model: `make bench`.
+
+Rounds of a case follow one another here and nothing measures the memory: fractions of a roofline come from
+the command.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from adapt_pruner import kernels
-from adapt_pruner.kernels import reference
+from adapt_pruner.bench.cases import DTYPES, OPS, Buffers
+from adapt_pruner.kernels import backend_status
 
-ROWS, COLUMNS = 4096, 14336
-KEEP = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(0))[: COLUMNS * 3 // 4].sort().values
-DTYPES = [torch.float32, torch.bfloat16]
-PROVIDERS = {"ours": "auto", "eager": "reference"}
-
-
-@pytest.fixture(params=DTYPES, ids=["fp32", "bf16"])
-def pair(request):
-    """Two matrices [4096, 14336] of one dtype: a weight and its gradient, or two residual streams."""
-    return torch.randn(ROWS, COLUMNS).to(request.param), torch.randn(ROWS, COLUMNS).to(request.param)
-
-
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
-def test_unit_importance(benchmark, pair, dim, provider):
-    weight, grad = pair
-    benchmark.group = f"unit_importance {'columns' if dim else 'rows'} {weight.dtype}"
-    result = benchmark(kernels.unit_importance, [weight], [grad], [dim], [1], backend=PROVIDERS[provider])
-    expected = reference.unit_importance([weight], [grad], [], [dim], [1], "first")
-    torch.testing.assert_close(result, expected, rtol=1e-4, atol=0)
+SHAPE = (4096, 14336)
+PROVIDERS = ("eager", "eager_preallocated", "ours")
+BACKENDS = [name for name in ("cpu", "cuda", "triton") if backend_status()[name] is None]
+CASES = [
+    (provider, backend)
+    for backend in BACKENDS
+    for provider in PROVIDERS
+    if provider == "ours" or backend in ("cpu", "cuda")  # plain PyTorch once on each device
+]
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_gather_columns(benchmark, pair, provider):
-    weight = pair[0]
-    benchmark.group = f"gather 75% of columns {weight.dtype}"
-    (result,) = benchmark(kernels.gather_units, [weight], [1], [1], KEEP, backend=PROVIDERS[provider])
-    assert torch.equal(result, weight[:, KEEP])
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def dtype(request):
+    return request.param
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_residual_similarity(benchmark, pair, provider):
-    h_in, h_out = (h[:, :ROWS].contiguous() for h in pair)
-    benchmark.group = f"cosine similarity of 4096 tokens {h_in.dtype}"
-    result = benchmark(kernels.residual_similarity, h_in, h_out, backend=PROVIDERS[provider])
-    expected = torch.nn.functional.cosine_similarity(h_in.double(), h_out.double(), dim=-1).mean()
-    torch.testing.assert_close(result.double(), expected, rtol=1e-3, atol=1e-5)
+@pytest.fixture(scope="module", params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def buffers(request, dtype):
+    return Buffers(SHAPE, DTYPES[dtype], torch.device(request.param), seed=0)
+
+
+@pytest.mark.parametrize(("provider", "backend"), CASES)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_op(benchmark, buffers, dtype, op, provider, backend):
+    device = "cpu" if backend == "cpu" else "cuda"
+    if buffers.device.type != device:
+        pytest.skip(f"runs on {device}")
+
+    @torch.no_grad()
+    def fresh(provider):
+        results = [result.clone() for result in op.providers(buffers, provider, backend)()]
+        buffers._kept.zero_()  # gathers write to the same buffer
+        return results
+
+    tolerance = {"fp32": 1e-4, "bf16": 4e-2}[dtype]
+    for result, expected in zip(fresh(provider), fresh("eager"), strict=True):
+        torch.testing.assert_close(result.double(), expected.double(), rtol=tolerance, atol=1e-4)
+    run = op.providers(buffers, provider, backend)
+    benchmark.group = f"{op.name} {dtype} {device}"
+
+    @torch.no_grad()
+    def measured():
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark(measured)

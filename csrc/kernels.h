@@ -79,6 +79,14 @@ void ap_cpu_gather_units(const adapt_pruner::GatherMember* members, int64_t memb
 void ap_cpu_residual_similarity(adapt_pruner::Matrix h_in, adapt_pruner::Matrix h_out, int64_t tokens,
                                 int64_t hidden, int32_t metric, float* result, ApParallelFor parallel_for);
 
+// For `bench kernels`, see cpu/roofline.cpp. The exclusive or of both buffers, each `bytes` long.
+uint64_t ap_cpu_roofline_read(const void* first, const void* second, int64_t bytes,
+                              ApParallelFor parallel_for);
+
+// `target` is aligned to a cache line.
+void ap_cpu_roofline_copy(void* target, const void* source, int64_t bytes, bool streaming,
+                          ApParallelFor parallel_for);
+
 // ---- CUDA: pointers are device pointers, work is queued on `stream`, 0 or a cudaError_t is returned
 // ---------
 

@@ -209,6 +209,29 @@ void activation_stats_cpu(Tensor x, Tensor mean, Tensor m2, Tensor count) {
                           m2.mutable_data_ptr<double>(), count.mutable_data_ptr<int64_t>(), parallel_for);
 }
 
+int64_t bytes_of(const std::string& name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor, got strides ",
+                  join(tensor.strides()));
+  return tensor.numel() * int64_t(tensor.element_size());
+}
+
+int64_t roofline_read_cpu(Tensor first, Tensor second) {
+  const int64_t bytes = bytes_of("first", first);
+  STD_TORCH_CHECK(bytes_of("second", second) == bytes, "second: expected the ", bytes,
+                  " bytes of first, got ", bytes_of("second", second));
+  return int64_t(
+      ap_cpu_roofline_read(first.const_data_ptr(), second.const_data_ptr(), bytes, parallel_for));
+}
+
+void roofline_copy_cpu(Tensor target, Tensor source, bool streaming) {
+  const int64_t bytes = bytes_of("target", target);
+  STD_TORCH_CHECK(bytes_of("source", source) == bytes, "source: expected the ", bytes,
+                  " bytes of target, got ", bytes_of("source", source));
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(target.const_data_ptr()) % 64 == 0,
+                  "target: expected data aligned to 64 bytes");
+  ap_cpu_roofline_copy(target.mutable_data_ptr(), source.const_data_ptr(), bytes, streaming, parallel_for);
+}
+
 // ---- CUDA -----------------------------------------------------------------------------------------------
 
 #ifdef ADAPT_PRUNER_WITH_CUDA
@@ -312,6 +335,9 @@ STABLE_TORCH_LIBRARY(adapt_pruner, m) {
       "gather_units.out(Tensor[] tensors, int[] dims, int[] group_sizes, Tensor keep, *, Tensor(a!)[] out) "
       "-> ()");
   m.def("residual_similarity(Tensor h_in, Tensor h_out, str metric) -> Tensor");
+  // what the memory can do, to measure the others against
+  m.def("roofline_read(Tensor first, Tensor second) -> int");
+  m.def("roofline_copy(Tensor(a!) target, Tensor source, bool streaming) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(adapt_pruner, CPU, m) {
@@ -320,6 +346,8 @@ STABLE_TORCH_LIBRARY_IMPL(adapt_pruner, CPU, m) {
   m.impl("gather_units.out", TORCH_BOX(&gather_units_out_cpu));
   m.impl("residual_similarity", TORCH_BOX(&residual_similarity_cpu));
   m.impl("activation_stats", TORCH_BOX(&activation_stats_cpu));
+  m.impl("roofline_read", TORCH_BOX(&roofline_read_cpu));
+  m.impl("roofline_copy", TORCH_BOX(&roofline_copy_cpu));
 }
 
 #ifdef ADAPT_PRUNER_WITH_CUDA

@@ -6,12 +6,14 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from adapt_pruner.bench import BenchResult, Comparison
     from adapt_pruner.evaluation.evaluate import EvaluationResult
     from adapt_pruner.inspection import ModelSummary
     from adapt_pruner.pruner import IterationReport
@@ -144,6 +146,62 @@ def show_inspected(console: Console, after: ModelSummary, before: ModelSummary |
     console.print(
         f"{after.model_type}, {after.dtype}; per token, FLOPs at a context of {after.context} tokens"
     )
+
+
+def show_benchmark(console: Console, result: BenchResult) -> None:
+    tables: dict[str, Table] = {}
+    op = ""
+    for row in result.rows:
+        title = f"{row.shape} {row.dtype}, {row.device}, {row.threads} threads, {row.clock} clock"
+        if title not in tables:
+            columns = ("", "ms p20 p50 p80", "GB/s", "of", "extra MiB")
+            tables[title] = Table(*columns, title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = tables[title]
+        is_roofline = row.provider == "roofline"
+        if not is_roofline and row.op != op:
+            table.add_row(f"[bold]{row.op}[/bold]", "", "", row.roofline)
+        op = row.op
+        table.add_row(
+            row.op if is_roofline else f"  {row.provider}{f' {row.backend}' * (row.provider == 'ours')}",
+            " ".join(_three_digits(value) for value in (row.ms_p20, row.ms_p50, row.ms_p80)),
+            f"{row.gbps:.1f}",
+            f"{row.fraction_of_roofline:.1%}",
+            "-" if row.extra_bytes is None else f"{row.extra_bytes / 2**20:.1f}",
+        )
+    for table in tables.values():
+        console.print(table)
+    for note in result.notes:
+        console.print(note, markup=False)
+    if result.comparison:
+        _show_comparison(console, result.comparison)
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _show_comparison(console: Console, comparison: Comparison) -> None:
+    if comparison.old_devices:
+        console.print(f"the earlier run was on other devices too: {', '.join(comparison.old_devices)}")
+    console.print(
+        f"{comparison.matched} rows compared, {comparison.unmatched} without an earlier one, "
+        f"{len(comparison.regressions)} slower"
+    )
+    if not comparison.regressions:
+        return
+    table = Table("op", "provider", "shape", "dtype", "ms", "of roofline", "time", title="regressions")
+    for r in comparison.regressions:
+        before, after = r.before, r.after
+        table.add_row(
+            after.op,
+            f"{after.provider} ({after.backend})",
+            after.shape,
+            after.dtype,
+            f"{before.ms_p50:.3f} → {after.ms_p50:.3f}",
+            f"{before.fraction_of_roofline:.1%} → {after.fraction_of_roofline:.1%}",
+            f"x {r.slowdown:.2f}",
+        )
+    console.print(table)
 
 
 def show_doctor(console: Console, found: dict[str, Any]) -> None:

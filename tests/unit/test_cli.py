@@ -15,7 +15,7 @@ import yaml
 
 from adapt_pruner import cli
 from adapt_pruner.checkpoint import config_hash, open_checkpoint
-from adapt_pruner.config import ApplyConfig, EvaluateConfig, InspectConfig, PruneConfig
+from adapt_pruner.config import ApplyConfig, BenchConfig, EvaluateConfig, InspectConfig, PruneConfig
 from adapt_pruner.plan import PruningPlan
 
 SMALL = ["--iterations", "4", "--num-sequences", "4", "--sequence-length", "16", "--micro-batch-size", "2"]
@@ -358,6 +358,7 @@ def test_warnings_are_one_line_on_stderr(command, monkeypatch, tiny_models):
         ("apply", ApplyConfig),
         ("evaluate", EvaluateConfig),
         ("inspect", InspectConfig),
+        ("bench", BenchConfig),
         ("doctor", None),
         ("demo", None),
     ],
@@ -366,7 +367,7 @@ def test_help_mentions_every_setting(command, name, config):
     status, out, _ = command(name, "--help")
     assert status == 0
     for field in dataclasses.fields(config) if config else ():
-        positional = field.name in ("model", "plan")
+        positional = field.name in ("model", "plan", "suite")
         wanted = field.name if positional else "--" + field.name.replace("_", "-")
         assert re.search(rf"(?<![\w-]){wanted}(?![\w-])", out), wanted
     assert "--json" in out
@@ -376,7 +377,7 @@ def test_help_mentions_every_setting(command, name, config):
 def test_help_describes_commands_and_settings(command):
     status, out, _ = command("--help")
     assert status == 0
-    for name in ("prune", "apply", "evaluate", "inspect", "doctor", "demo"):
+    for name in ("prune", "apply", "evaluate", "inspect", "bench", "doctor", "demo"):
         assert re.search(rf"^\s+{name}\s+\w+", out, re.MULTILINE), name
     text = " ".join(command("prune", "--help")[1].split())
     assert "prune a model to a parameter budget" in text

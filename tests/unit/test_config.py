@@ -8,7 +8,14 @@ import re
 
 import pytest
 
-from adapt_pruner.config import ApplyConfig, EvaluateConfig, InspectConfig, PruneConfig, parse_target
+from adapt_pruner.config import (
+    ApplyConfig,
+    BenchConfig,
+    EvaluateConfig,
+    InspectConfig,
+    PruneConfig,
+    parse_target,
+)
 
 
 def prune_config(**changes) -> PruneConfig:
@@ -108,10 +115,11 @@ def test_the_smallest_settings_are_accepted():
     InspectConfig("m", context=1)
 
 
-@pytest.mark.parametrize("config", [PruneConfig, ApplyConfig, EvaluateConfig, InspectConfig])
+@pytest.mark.parametrize("config", [PruneConfig, ApplyConfig, EvaluateConfig, InspectConfig, BenchConfig])
 def test_settings_cannot_be_changed_afterwards(config):
     required = [f.name for f in dataclasses.fields(config) if f.default is dataclasses.MISSING]
-    made = config(**{name: 0.5 if name == "target" else "x" for name in required})
+    values = {"target": 0.5, "suite": "kernels"}
+    made = config(**{name: values.get(name, "x") for name in required})
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.model = "other"
 
