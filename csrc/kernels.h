@@ -80,7 +80,7 @@ void ap_cpu_residual_similarity(adapt_pruner::Matrix h_in, adapt_pruner::Matrix 
                                 int64_t hidden, int32_t metric, float* result, ApParallelFor parallel_for);
 
 // For `bench kernels`, see cpu/roofline.cpp. The exclusive or of both buffers, each `bytes` long.
-uint64_t ap_cpu_roofline_read(const void* first, const void* second, int64_t bytes,
+uint64_t ap_cpu_roofline_read(const void* first, const void* second, int64_t bytes, bool ahead,
                               ApParallelFor parallel_for);
 
 // `target` is aligned to a cache line.

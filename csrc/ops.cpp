@@ -215,12 +215,12 @@ int64_t bytes_of(const std::string& name, const Tensor& tensor) {
   return tensor.numel() * int64_t(tensor.element_size());
 }
 
-int64_t roofline_read_cpu(Tensor first, Tensor second) {
+int64_t roofline_read_cpu(Tensor first, Tensor second, bool ahead) {
   const int64_t bytes = bytes_of("first", first);
   STD_TORCH_CHECK(bytes_of("second", second) == bytes, "second: expected the ", bytes,
                   " bytes of first, got ", bytes_of("second", second));
   return int64_t(
-      ap_cpu_roofline_read(first.const_data_ptr(), second.const_data_ptr(), bytes, parallel_for));
+      ap_cpu_roofline_read(first.const_data_ptr(), second.const_data_ptr(), bytes, ahead, parallel_for));
 }
 
 void roofline_copy_cpu(Tensor target, Tensor source, bool streaming) {
@@ -336,7 +336,7 @@ STABLE_TORCH_LIBRARY(adapt_pruner, m) {
       "-> ()");
   m.def("residual_similarity(Tensor h_in, Tensor h_out, str metric) -> Tensor");
   // what the memory can do, to measure the others against
-  m.def("roofline_read(Tensor first, Tensor second) -> int");
+  m.def("roofline_read(Tensor first, Tensor second, bool ahead) -> int");
   m.def("roofline_copy(Tensor(a!) target, Tensor source, bool streaming) -> ()");
 }
 

@@ -375,6 +375,9 @@ def rooflines(b: Buffers, ops: Sequence[Op]) -> Iterator[Roofline]:
     if bounds & {"read", "copy"}:
         own = "read" if b.device.type == "cpu" else "copy"
         yield Roofline("read", own, 2 * b.bytes, lambda: roofline.read_pair(b.weight, b.other))
+    if "read" in bounds:
+        early = lambda: roofline.read_pair(b.weight, b.other, ahead=True)  # noqa: E731
+        yield Roofline("read_ahead", "read", 2 * b.bytes, early)
     if "read_one" in bounds:
         size = 2 * half * b.weight.element_size()
         yield Roofline("read_one", "read_one", size, lambda: roofline.read_pair(*halves))

@@ -18,10 +18,15 @@ def require_roofline(device: torch.device) -> None:
         raise BackendUnavailable(f"the memory's bandwidth cannot be measured: {problem}")
 
 
-def read_pair(first: Tensor, second: Tensor) -> None:
-    """Reads every byte of two contiguous tensors of equal size, on a CPU a cache line of each in turn."""
+def read_pair(first: Tensor, second: Tensor, *, ahead: bool = False) -> None:
+    """Reads every byte of two contiguous tensors of equal size, on a CPU a cache line of each in turn.
+
+    Args:
+        first, second: on the same device.
+        ahead: asks for memory early (software prefetch), as the ops do; CPU only.
+    """
     if first.device.type == "cpu":
-        torch.ops.adapt_pruner.roofline_read(first, second)
+        torch.ops.adapt_pruner.roofline_read(first, second, ahead)
     else:
         first.sum(), second.sum()
 

@@ -1,25 +1,6 @@
 // Writes bytes one after the other through a small buffer, whole cache lines at a time. Included once per
 // instruction set, inside its namespace.
 
-// Copies whole lines around the caches to a target that is aligned to a line: no line is read only to be
-// overwritten, and nothing useful is driven out.
-AP_INLINE void stream_lines(char* target, const char* source, int64_t bytes) {
-#if AP_ISA == 2
-  for (int64_t i = 0; i < bytes; i += kLineBytes) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + i), _mm512_loadu_si512(source + i));
-  }
-#elif AP_ISA == 1
-  for (int64_t i = 0; i < bytes; i += kLineBytes) {
-    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i));
-    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i + 32));
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i), low);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i + 32), high);
-  }
-#else
-  std::memcpy(target, source, size_t(bytes));
-#endif
-}
-
 // Writes exactly the bytes it was given, from `target` on: nothing in front, nothing behind. Parts of a line
 // at both ends are written byte by byte, as they may belong to another thread.
 //
@@ -78,9 +59,7 @@ class LineWriter {
   void finish() {
     flush();
     std::memcpy(line_ + skipped_, buffer_ + skipped_, size_t(filled_ - skipped_));
-#if AP_ISA > 0
-    if (stream_) _mm_sfence();  // streaming stores are not ordered with others
-#endif
+    if (stream_) stream_fence();
   }
 
  private:

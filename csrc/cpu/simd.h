@@ -161,3 +161,31 @@ AP_INLINE void merge_split(float* values, int64_t count) {
     std::memcpy(values + i, merged, sizeof(merged));
   }
 }
+
+// ---- moving data ----------------------------------------------------------------------------------------
+
+// Copies whole lines around the caches to a target that is aligned to a line: no line is read only to be
+// overwritten, and nothing useful is driven out.
+AP_INLINE void stream_lines(char* target, const char* source, int64_t bytes) {
+#if AP_ISA == 2
+  for (int64_t i = 0; i < bytes; i += kLineBytes) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + i), _mm512_loadu_si512(source + i));
+  }
+#elif AP_ISA == 1
+  for (int64_t i = 0; i < bytes; i += kLineBytes) {
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i + 32));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i), low);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i + 32), high);
+  }
+#else
+  std::memcpy(target, source, size_t(bytes));
+#endif
+}
+
+// Streaming stores are not ordered with others.
+AP_INLINE void stream_fence() {
+#if AP_ISA > 0
+  _mm_sfence();
+#endif
+}
