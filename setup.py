@@ -33,7 +33,13 @@ CPU_SOURCES = [
     "cpu/similarity.cpp",
     "cpu/activations.cpp",
 ]
-CUDA_SOURCES = ["cuda/runtime.cu", "cuda/saliency.cu", "cuda/gather.cu", "cuda/similarity.cu"]
+CUDA_SOURCES = [
+    "cuda/runtime.cu",
+    "cuda/saliency.cu",
+    "cuda/gather.cu",
+    "cuda/similarity.cu",
+    "cuda/activations.cu",
+]
 HEADERS = ["kernels.h", "checks.h", "cpu/line_writer.h", "cpu/simd.h", "cuda/common.cuh"]
 
 
