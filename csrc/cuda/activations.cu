@@ -1,10 +1,11 @@
 // Column means and centred second moments of activations on the GPU: one pass over them, merged into the
 // running ones without a word to the host.
 //
-// A warp sums the distances from its first row in fp32: values of one column are close to each other, so that
-// the square of their mean cancels little. All that follows is in double: the sums of a block's warps are
-// moved to a common origin and added; so are the moments of the blocks; the result is merged into the running
-// values (Chan, Golub and LeVeque 1979).
+// A warp sums the distances from a value of its rows in fp32: the values of a column are close to each other,
+// so that the square of their mean cancels little; the median of three rows keeps a lone outlier from becoming
+// that value. All that follows is in double: the sums of a block's warps are moved to a common origin and
+// added; so are the moments of the blocks; the result is merged into the running values (Chan, Golub and
+// LeVeque 1979).
 #include "common.cuh"
 
 namespace adapt_pruner::cuda {
@@ -52,9 +53,14 @@ struct Moments {  // sums of distances from an origin and of their squares
   }
 };
 
+__device__ inline float median(float a, float b, float c) {
+  return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c));
+}
+
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     block_moments(const Matrix x, const bool aligned, const int64_t tokens, const int64_t cols,
                   const int64_t tiles, const int64_t* __restrict__ count, const Workspace out) {
+  __shared__ float shared_origins[kWarps][kColumnsPerBlock];
   __shared__ float shared_sums[kWarps][kColumnsPerBlock];
   __shared__ float shared_squares[kWarps][kColumnsPerBlock];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -64,18 +70,22 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     const int64_t row_block = tile / tiles_across, first_col = tile % tiles_across * kColumnsPerBlock;
     const int64_t first_row = row_block * kRowsPerBlock;
     const int64_t col = first_col + lane * kChunk, width = cols - col;
-    float sums[kChunk] = {}, squares[kChunk] = {};
+    float origins[kChunk] = {}, sums[kChunk] = {}, squares[kChunk] = {};
     int64_t row = first_row + warp * kRowsPerWarp;
     const int64_t end_row = smaller(tokens, row + kRowsPerWarp);
     if (width > 0 && row < end_row) {
-      float shift[kChunk];
-      convert(load_chunk(x, aligned, row * x.row_stride + col, width), x.dtype, shift);
+      float middle[kChunk], last[kChunk];
+      convert(load_chunk(x, aligned, row, col, width), x.dtype, origins);
+      convert(load_chunk(x, aligned, (row + end_row) / 2, col, width), x.dtype, middle);
+      convert(load_chunk(x, aligned, end_row - 1, col, width), x.dtype, last);
+#pragma unroll
+      for (int k = 0; k < kChunk; ++k) origins[k] = median(origins[k], middle[k], last[k]);
       const auto add = [&](const Chunk& chunk) {
         float values[kChunk];
         convert(chunk, x.dtype, values);
 #pragma unroll
         for (int k = 0; k < kChunk; ++k) {
-          const float distance = values[k] - shift[k];
+          const float distance = values[k] - origins[k];
           sums[k] += distance;
           squares[k] += distance * distance;
         }
@@ -84,15 +94,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         Chunk chunks[kInFlight];
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k)
-          chunks[k] = load_chunk(x, true, (row + k) * x.row_stride + col, kChunk);
+          chunks[k] = load_chunk(x, true, row + k, col, kChunk);
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k) add(chunks[k]);
       }
-      for (; row < end_row; ++row) add(load_chunk(x, aligned, row * x.row_stride + col, width));
+      for (; row < end_row; ++row) add(load_chunk(x, aligned, row, col, width));
     }
     // lanes next to each other write words next to each other: no bank conflicts
 #pragma unroll
     for (int k = 0; k < kChunk; ++k) {
+      shared_origins[warp][k * kWarp + lane] = origins[k];
       shared_sums[warp][k * kWarp + lane] = sums[k];
       shared_squares[warp][k * kWarp + lane] = squares[k];
     }
@@ -100,12 +111,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     const int slot = threadIdx.x;  // one column per thread
     const int64_t out_col = first_col + slot % kWarp * kChunk + slot / kWarp;
     if (out_col < cols) {
-      const double origin = load_one(x, first_row * x.row_stride + out_col);
+      const double origin = shared_origins[0][slot];
       Moments moments = {0.0, 0.0};
       for (int w = 0; w < kWarps; ++w) {
-        const int64_t warp_row = first_row + w * kRowsPerWarp, rows = rows_from(warp_row, tokens, kRowsPerWarp);
+        const int64_t rows = rows_from(first_row + w * kRowsPerWarp, tokens, kRowsPerWarp);
         if (rows <= 0) break;
-        const double shift = double(load_one(x, warp_row * x.row_stride + out_col)) - origin;
+        const double shift = double(shared_origins[w][slot]) - origin;
         moments.add(shared_sums[w][slot], shared_squares[w][slot], double(rows), shift);
       }
       const double rows = double(rows_from(first_row, tokens, kRowsPerBlock));

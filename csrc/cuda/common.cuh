@@ -73,11 +73,22 @@ struct Chunk {
   Vector16 low, high;
 };
 
-// Elements from i on, 0 from i + count on. Whole chunks of aligned matrices are loaded in vectors.
-__device__ inline Chunk load_chunk(const Matrix& matrix, bool aligned, int64_t i, int64_t count) {
+__device__ inline int element_bytes(const Matrix& matrix) { return matrix.dtype == kFloat32 ? 4 : 2; }
+
+// The rest of a matrix that starts at an element.
+__device__ inline Matrix from(const Matrix& matrix, int64_t row, int64_t col) {
+  const int64_t bytes = (row * matrix.row_stride + col) * element_bytes(matrix);
+  return {static_cast<const char*>(matrix.data) + bytes, matrix.row_stride, matrix.dtype};
+}
+
+// Elements of a row from `col` on, 0 from the `count`-th on. Whole chunks of aligned matrices are loaded in
+// vectors.
+__device__ inline Chunk load_chunk(const Matrix& matrix, bool aligned, int64_t row, int64_t col,
+                                   int64_t count) {
   Chunk chunk = {};
   const bool wide = matrix.dtype == kFloat32;
-  const char* first = in_global(static_cast<const char*>(matrix.data)) + i * (wide ? 4 : 2);
+  const char* data = in_global(static_cast<const char*>(matrix.data));
+  const char* first = data + (row * matrix.row_stride + col) * element_bytes(matrix);
   if (aligned && count >= kChunk) {
     const Vector16* vectors = reinterpret_cast<const Vector16*>(first);
     chunk.low = vectors[0];
@@ -115,12 +126,6 @@ __device__ inline void convert(const Chunk& chunk, int32_t dtype, float* values)
     values[2 * k] = dtype == kBFloat16 ? __uint_as_float(word << 16) : half_value(word & 0xffffu);
     values[2 * k + 1] = dtype == kBFloat16 ? __uint_as_float(word & 0xffff0000u) : half_value(word >> 16);
   }
-}
-
-__device__ inline float load_one(const Matrix& matrix, int64_t i) {
-  if (matrix.dtype == kFloat32) return static_cast<const float*>(matrix.data)[i];
-  const uint32_t bits = static_cast<const uint16_t*>(matrix.data)[i];
-  return matrix.dtype == kBFloat16 ? __uint_as_float(bits << 16) : half_value(bits);
 }
 
 // Whether every row starts at a multiple of 16 bytes; so does an absent matrix.

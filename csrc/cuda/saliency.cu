@@ -13,10 +13,10 @@
 namespace adapt_pruner::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kWarpColumns = kWarp * kChunk;  // a row of chunks next to each other: 256 columns
-constexpr int kBlocksPerSm = 3;               // leaves registers for the loads of every mode
+constexpr int kBlocksPerSm = 5;               // leaves registers for the loads of every mode
 
 // Summed along its rows, a tile is low and wide; along its columns, high and narrow.
 constexpr int64_t kRowTileRows = 16;
@@ -52,19 +52,36 @@ constexpr int kSteps = kReadsGrad<mode> && kReadsFisher<mode>   ? 1  // whose lo
                        : kReadsGrad<mode> || kReadsFisher<mode> ? 2
                                                                 : 4;
 
+// The part of a member that a block adds up; the matrices start at its first element.
+struct Tile {
+  Matrix weight, grad, fisher;
+  int rows, cols;
+  bool aligned;
+};
+
+template <Mode mode>
+__device__ inline Tile tile_of(const Task& task, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+  const ImportanceMember& member = task.member;
+  Tile tile = {};
+  tile.weight = from(member.weight, row, col);
+  if constexpr (kReadsGrad<mode>) tile.grad = from(member.grad, row, col);
+  if constexpr (kReadsFisher<mode>) tile.fisher = from(member.fisher, row, col);
+  tile.rows = static_cast<int>(smaller(rows, member.rows - row));
+  tile.cols = static_cast<int>(smaller(cols, member.cols - col));
+  tile.aligned = task.aligned;
+  return tile;
+}
+
 struct Chunks {  // of the matrices that a mode reads
   Chunk weight, grad, fisher;
 };
 
 template <Mode mode>
-__device__ inline Chunks load_chunks(const ImportanceMember& member, bool aligned, int64_t row, int64_t col,
-                                     int64_t count) {
+__device__ inline Chunks load_chunks(const Tile& tile, bool aligned, int row, int col, int count) {
   Chunks chunks;
-  chunks.weight = load_chunk(member.weight, aligned, row * member.weight.row_stride + col, count);
-  if constexpr (kReadsGrad<mode>)
-    chunks.grad = load_chunk(member.grad, aligned, row * member.grad.row_stride + col, count);
-  if constexpr (kReadsFisher<mode>)
-    chunks.fisher = load_chunk(member.fisher, aligned, row * member.fisher.row_stride + col, count);
+  chunks.weight = load_chunk(tile.weight, aligned, row, col, count);
+  if constexpr (kReadsGrad<mode>) chunks.grad = load_chunk(tile.grad, aligned, row, col, count);
+  if constexpr (kReadsFisher<mode>) chunks.fisher = load_chunk(tile.fisher, aligned, row, col, count);
   return chunks;
 }
 
@@ -79,87 +96,88 @@ __device__ inline float saliency(float w, float g, float h) {
 }
 
 template <Mode mode>
-__device__ inline void saliencies(const ImportanceMember& member, const Chunks& chunks, float* values) {
+__device__ inline void saliencies(const Tile& tile, const Chunks& chunks, float* values) {
   float w[kChunk], g[kChunk] = {}, h[kChunk] = {};
-  convert(chunks.weight, member.weight.dtype, w);
-  if constexpr (kReadsGrad<mode>) convert(chunks.grad, member.grad.dtype, g);
-  if constexpr (kReadsFisher<mode>) convert(chunks.fisher, member.fisher.dtype, h);
+  convert(chunks.weight, tile.weight.dtype, w);
+  if constexpr (kReadsGrad<mode>) convert(chunks.grad, tile.grad.dtype, g);
+  if constexpr (kReadsFisher<mode>) convert(chunks.fisher, tile.fisher.dtype, h);
 #pragma unroll
   for (int k = 0; k < kChunk; ++k) values[k] = saliency<mode>(w[k], g[k], h[k]);
 }
 
 // A warp per row.
 template <Mode mode>
-__device__ inline void sum_rows_of_tile(const Task& task, int64_t tile, float* __restrict__ sums) {
-  const ImportanceMember member = task.member;
-  const bool aligned = task.aligned;
-  const int64_t tile_col = tile % task.sums, first_row = tile / task.sums * kRowTileRows;
-  const int64_t end_row = smaller(member.rows, first_row + kRowTileRows);
-  const int64_t end_col = smaller(member.cols, (tile_col + 1) * kRowTileColumns);
+__device__ inline void sum_rows(const Task& task, int64_t index, float* __restrict__ sums) {
+  const int64_t tile_col = index % task.sums, first_row = index / task.sums * kRowTileRows;
+  const Tile tile =
+      tile_of<mode>(task, first_row, tile_col * kRowTileColumns, kRowTileRows, kRowTileColumns);
+  sums += tile_col * task.member.rows + first_row;
   const int lane = threadIdx.x % kWarp;
-  for (int64_t row = first_row + threadIdx.x / kWarp; row < end_row; row += kWarps) {
+  for (int row = threadIdx.x / kWarp; row < tile.rows; row += kWarps) {
     float sum = 0.0f;
     const auto add = [&](const Chunks& chunks) {
       float e[kChunk];
-      saliencies<mode>(member, chunks, e);
+      saliencies<mode>(tile, chunks, e);
       sum += ((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7]));
     };
-    int64_t col = tile_col * kRowTileColumns + lane * kChunk;
-    for (; aligned && col + (kSteps<mode> - 1) * kWarpColumns + kChunk <= end_col;
+    int col = lane * kChunk;
+    for (; tile.aligned && col + (kSteps<mode> - 1) * kWarpColumns + kChunk <= tile.cols;
          col += kSteps<mode> * kWarpColumns) {
       Chunks chunks[kSteps<mode>];
 #pragma unroll
       for (int k = 0; k < kSteps<mode>; ++k)
-        chunks[k] = load_chunks<mode>(member, true, row, col + k * kWarpColumns, kChunk);
+        chunks[k] = load_chunks<mode>(tile, true, row, col + k * kWarpColumns, kChunk);
 #pragma unroll
       for (int k = 0; k < kSteps<mode>; ++k) add(chunks[k]);
     }
-    for (; col < end_col; col += kWarpColumns)
-      add(load_chunks<mode>(member, aligned, row, col, end_col - col));
+    for (; col < tile.cols; col += kWarpColumns)
+      add(load_chunks<mode>(tile, tile.aligned, row, col, tile.cols - col));
     sum = warp_sum(sum);
-    if (lane == 0) sums[tile_col * member.rows + row] = sum;
+    if (lane == 0) sums[row] = sum;
   }
 }
 
 // Each thread adds up chunks of every kWarps-th row, then one column over the warps.
 template <Mode mode>
-__device__ inline void sum_columns_of_tile(const Task& task, int64_t tile, float (*shared)[kWarpColumns],
-                                           float* __restrict__ sums) {
-  const ImportanceMember member = task.member;
-  const int64_t tiles_across = ceil_div(member.cols, kColumnTileColumns);
-  const int64_t tile_row = tile / tiles_across, first_col = tile % tiles_across * kColumnTileColumns;
-  const int64_t end_row = smaller(member.rows, (tile_row + 1) * kColumnTileRows);
+__device__ inline void sum_columns(const Task& task, int64_t index, float (*shared)[kWarpColumns],
+                                   float* __restrict__ sums) {
+  const int64_t tiles_across = ceil_div(task.indices, kColumnTileColumns);
+  const int64_t tile_row = index / tiles_across, first_col = index % tiles_across * kColumnTileColumns;
+  const Tile tile =
+      tile_of<mode>(task, tile_row * kColumnTileRows, first_col, kColumnTileRows, kColumnTileColumns);
+  sums += tile_row * task.indices + first_col;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t col = first_col + lane * kChunk, count = member.cols - col;
-  const bool whole = task.aligned && count >= kChunk;
+  const int col = lane * kChunk, count = tile.cols - col;
+  const bool whole = tile.aligned && count >= kChunk;
   float lane_sums[kChunk] = {};
   const auto add = [&](const Chunks& chunks) {
     float e[kChunk];
-    saliencies<mode>(member, chunks, e);
+    saliencies<mode>(tile, chunks, e);
 #pragma unroll
     for (int k = 0; k < kChunk; ++k) lane_sums[k] += e[k];
   };
-  int64_t row = tile_row * kColumnTileRows + warp;
-  for (; whole && row + (kSteps<mode> - 1) * kWarps < end_row; row += kSteps<mode> * kWarps) {
+  int row = warp;
+  for (; whole && row + (kSteps<mode> - 1) * kWarps < tile.rows; row += kSteps<mode> * kWarps) {
     Chunks chunks[kSteps<mode>];
 #pragma unroll
     for (int k = 0; k < kSteps<mode>; ++k)
-      chunks[k] = load_chunks<mode>(member, true, row + k * kWarps, col, kChunk);
+      chunks[k] = load_chunks<mode>(tile, true, row + k * kWarps, col, kChunk);
 #pragma unroll
     for (int k = 0; k < kSteps<mode>; ++k) add(chunks[k]);
   }
-  for (; count > 0 && row < end_row; row += kWarps)
-    add(load_chunks<mode>(member, whole, row, col, count));
+  for (; count > 0 && row < tile.rows; row += kWarps)
+    add(load_chunks<mode>(tile, whole, row, col, count));
   // lanes next to each other write words next to each other: no bank conflicts
 #pragma unroll
   for (int k = 0; k < kChunk; ++k) shared[warp][k * kWarp + lane] = lane_sums[k];
   __syncthreads();
-  const int slot = threadIdx.x;
-  float sum = 0.0f;
+  for (int slot = threadIdx.x; slot < kWarpColumns; slot += kThreads) {
+    float sum = 0.0f;
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) sum += shared[w][slot];
-  const int64_t out_col = first_col + slot % kWarp * kChunk + slot / kWarp;
-  if (out_col < member.cols) sums[tile_row * member.cols + out_col] = sum;
+    for (int w = 0; w < kWarps; ++w) sum += shared[w][slot];
+    const int out_col = slot % kWarp * kChunk + slot / kWarp;
+    if (out_col < tile.cols) sums[out_col] = sum;
+  }
   __syncthreads();  // before the next tile
 }
 
@@ -171,9 +189,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const Task& task = entry_of<&Task::first_tile>(tasks, task_count, tile);
     if (task.member.dim == 0) {
-      sum_rows_of_tile<mode>(task, tile - task.first_tile, sums + task.first_sum);
+      sum_rows<mode>(task, tile - task.first_tile, sums + task.first_sum);
     } else {
-      sum_columns_of_tile<mode>(task, tile - task.first_tile, shared, sums + task.first_sum);
+      sum_columns<mode>(task, tile - task.first_tile, shared, sums + task.first_sum);
     }
   }
 }

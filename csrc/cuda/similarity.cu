@@ -55,15 +55,15 @@ __global__ void __launch_bounds__(kTokenThreads)
     Chunk in[2], out[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      in[k] = load_chunk(h_in, true, token * h_in.row_stride + col + k * kStep, kChunk);
-      out[k] = load_chunk(h_out, true, token * h_out.row_stride + col + k * kStep, kChunk);
+      in[k] = load_chunk(h_in, true, token, col + k * kStep, kChunk);
+      out[k] = load_chunk(h_out, true, token, col + k * kStep, kChunk);
     }
 #pragma unroll
     for (int k = 0; k < 2; ++k) add(in[k], out[k]);
   }
   for (; col < hidden; col += kStep) {
-    add(load_chunk(h_in, aligned, token * h_in.row_stride + col, hidden - col),
-        load_chunk(h_out, aligned, token * h_out.row_stride + col, hidden - col));
+    add(load_chunk(h_in, aligned, token, col, hidden - col),
+        load_chunk(h_out, aligned, token, col, hidden - col));
   }
   const float dot = block_sum<kTokenThreads>(sums.dot, shared[0]);
   const float square_in = metric == kCosine ? block_sum<kTokenThreads>(sums.square_in, shared[1]) : 0.0f;

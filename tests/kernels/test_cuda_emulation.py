@@ -12,7 +12,6 @@ import emulated_cuda
 import pytest
 import torch
 from members import DTYPES, Members, assert_importance_within_budget, make_members
-
 from torch import Tensor
 
 from adapt_pruner.kernels import METRICS, MODES, ActivationStats, reference
@@ -21,8 +20,8 @@ from adapt_pruner.kernels.checks import MODES_WITH_FISHERS, MODES_WITH_GRADS
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("g++") is None, reason="the emulation needs x86-64 and g++"
 )
-SEEDS = (0, 1, 2)
-MULTIPROCESSORS = (1, 3, 1000)  # one block does all the work | some | a block for each item
+# A seed for the order of the threads, and the blocks in a grid: one for all the work, some, or one per item.
+RUNS = ((0, 1), (1, 3), (2, 1000))
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +32,10 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def run_repeatedly(kernels: ctypes.CDLL, run: Callable[[], Tensor]) -> Tensor:
     """The result, the same bits for every order of the threads and every size of the device."""
     results = []
-    for seed in SEEDS:
-        for multiprocessors in MULTIPROCESSORS:
-            kernels.cuda_emulation_seed(seed)
-            kernels.cuda_emulation_multiprocessors(multiprocessors)
-            results.append(run())
+    for seed, multiprocessors in RUNS:
+        kernels.cuda_emulation_seed(seed)
+        kernels.cuda_emulation_multiprocessors(multiprocessors)
+        results.append(run())
     assert all(torch.equal(results[0], other) for other in results[1:])
     return results[0]
 
@@ -54,8 +52,7 @@ def assert_importance_is_right(kernels: ctypes.CDLL, sets: list[Members], mode: 
     scores = run_repeatedly(
         kernels, lambda: emulated_cuda.unit_importance(kernels, **together, mode=mode, sets=numbers)
     )
-    repetitions = len(SEEDS) * len(MULTIPROCESSORS)
-    assert kernels.cuda_emulation_launches() - launches <= 3 * repetitions
+    assert kernels.cuda_emulation_launches() - launches <= 3 * len(RUNS)
     for members in sets:
         units = members.units
         if units > 0:
@@ -171,9 +168,7 @@ def test_similarity(kernels: ctypes.CDLL, metric: str, dtype: torch.dtype, shape
     h_out = h_in + 0.3 * torch.randn(shape, generator=generator)
     h_in, h_out = h_in.to(dtype), h_out.to(dtype)
     oracle = reference.residual_similarity(h_in.double(), h_out.double(), metric)
-    result = run_repeatedly(
-        kernels, lambda: emulated_cuda.residual_similarity(kernels, h_in, h_out, metric)
-    )
+    result = run_repeatedly(kernels, lambda: emulated_cuda.residual_similarity(kernels, h_in, h_out, metric))
     torch.testing.assert_close(result.double(), oracle, rtol=5e-7, atol=0)
 
 
@@ -215,7 +210,7 @@ def assert_stats_are_right(kernels: ctypes.CDLL, batches: list[Tensor]) -> None:
     deviation = x.std(dim=0, correction=0)
     assert (count == x.shape[0]).all()
     assert ((mean - x.mean(dim=0)).abs() <= 1e-6 * deviation).all()
-    torch.testing.assert_close(m2, deviation.square() * x.shape[0], rtol=3e-6, atol=0)
+    torch.testing.assert_close(m2, deviation.square() * x.shape[0], rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -320,11 +315,15 @@ def check_similarity_of_tokens(kernels: ctypes.CDLL) -> None:
     ],
 )
 def test_a_missing_barrier_is_noticed(
-    tmp_path: Path, file: str, number: int, source: str, check: Callable[[ctypes.CDLL], None]
+    kernels: ctypes.CDLL,
+    tmp_path: Path,
+    file: str,
+    number: int,
+    source: str,
+    check: Callable[[ctypes.CDLL], None],
 ) -> None:
-    whole = emulated_cuda.compile_kernels(tmp_path / "whole", [source])
-    check(whole)
-    broken = emulated_cuda.compile_kernels(tmp_path / "broken", [source], without_barrier(file, number))
+    check(kernels)
+    broken = emulated_cuda.compile_kernels(tmp_path, [source], without_barrier(file, number))
     with pytest.raises(AssertionError):
         check(broken)
 
