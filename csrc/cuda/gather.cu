@@ -14,9 +14,10 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kBlocksPerSm = 4;
-constexpr int kRowsPerWarp = 32;  // next to each other; the source column is worked out once for all
-constexpr int64_t kTileRows = kWarps * kRowsPerWarp;
 constexpr int64_t kTileColumns = kWarp;  // words
+constexpr int kBytesPerThread = 128;     // of a tile: words of rows next to each other in one column
+
+__host__ __device__ constexpr int rows_per_warp(int word_bytes) { return kBytesPerThread / word_bytes; }
 
 // A member counted in words instead of elements; `rows` and `cols` are those of the target.
 struct Task {
@@ -53,12 +54,13 @@ struct KeptIndex {
 template <class Word, bool kByRows>
 __device__ inline void gather_tile(const Task& task, const int64_t* __restrict__ keep, int64_t tile) {
   constexpr int kInFlight = sizeof(Word) > 4 ? 4 : 8;  // loads of a thread before its first store
+  constexpr int kRows = rows_per_warp(sizeof(Word));
   const int64_t cols = task.cols, source_row_stride = task.source_row_stride;
   const int64_t tiles_across = ceil_div(cols, kTileColumns);
   const int64_t col = tile % tiles_across * kTileColumns + threadIdx.x % kWarp;
-  const int64_t first_row = tile / tiles_across * kTileRows + threadIdx.x / kWarp * kRowsPerWarp;
+  const int64_t first_row = (tile / tiles_across * kWarps + threadIdx.x / kWarp) * kRows;
   if (col >= cols || first_row >= task.rows) return;
-  const int rows = static_cast<int>(smaller(kRowsPerWarp, task.rows - first_row));
+  const int rows = static_cast<int>(smaller(kRows, task.rows - first_row));
   KeptIndex kept(keep, task.group_size, kByRows ? first_row : col);
   const Word* source = in_global(static_cast<const Word*>(task.source)) +
                        (kByRows ? col : first_row * source_row_stride + kept.in_source());
@@ -161,9 +163,10 @@ int ap_cuda_gather_units(const adapt_pruner::GatherMember* members, int64_t memb
   int64_t tiles = 0;
   for (int64_t m = 0; m < member_count; ++m) {
     if (kept == 0 || members[m].rows == 0 || members[m].cols == 0) continue;
-    tasks.push_back(task_of(members[m], kept));
-    tasks.back().first_tile = tiles;
-    tiles += ceil_div(tasks.back().rows, kTileRows) * ceil_div(tasks.back().cols, kTileColumns);
+    Task task = task_of(members[m], kept);
+    task.first_tile = tiles;
+    tiles += ceil_div(task.rows, kWarps * rows_per_warp(task.word_bytes)) * ceil_div(task.cols, kTileColumns);
+    tasks.push_back(task);
   }
   if (tiles == 0) return cudaSuccess;
   const size_t table_bytes = tasks.size() * sizeof(Task), keep_bytes = size_t(kept) * sizeof(int64_t);
