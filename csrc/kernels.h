@@ -79,8 +79,8 @@ void ap_cpu_gather_units(const adapt_pruner::GatherMember* members, int64_t memb
 void ap_cpu_residual_similarity(adapt_pruner::Matrix h_in, adapt_pruner::Matrix h_out, int64_t tokens,
                                 int64_t hidden, int32_t metric, float* result, ApParallelFor parallel_for);
 
-// ---- CUDA: pointers are device pointers, work is queued on `stream`, 0 or a cudaError_t is returned
-// ---------
+// ---- CUDA: data are in device memory, the members themselves in host memory; work is queued on `stream`,
+// 0 or a cudaError_t is returned
 
 int ap_cuda_runtime_version();
 int ap_cuda_driver_version();

@@ -2,10 +2,10 @@
 // running ones without a word to the host.
 //
 // A warp sums the distances from a value of its rows in fp32: the values of a column are close to each other,
-// so that the square of their mean cancels little; the median of three rows keeps a lone outlier from becoming
+// so that the square of their mean cancels little; the median of three rows keeps a lone outlier from being
 // that value. All that follows is in double: the sums of a block's warps are moved to a common origin and
-// added; so are the moments of the blocks; the result is merged into the running values (Chan, Golub and
-// LeVeque 1979).
+// added, then the moments of the blocks; these are merged into the running values (Chan, Golub and LeVeque
+// 1979).
 #include "common.cuh"
 
 namespace adapt_pruner::cuda {
@@ -93,8 +93,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       for (; aligned && width >= kChunk && row + kInFlight <= end_row; row += kInFlight) {
         Chunk chunks[kInFlight];
 #pragma unroll
-        for (int k = 0; k < kInFlight; ++k)
-          chunks[k] = load_chunk(x, true, row + k, col, kChunk);
+        for (int k = 0; k < kInFlight; ++k) chunks[k] = load_chunk(x, true, row + k, col, kChunk);
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k) add(chunks[k]);
       }
@@ -173,14 +172,9 @@ int ap_cuda_activation_stats(adapt_pruner::Matrix x, int64_t tokens, int64_t col
   const int64_t row_blocks = ceil_div(tokens, kRowsPerBlock);
   const Workspace blocks = workspace_of(workspace, row_blocks, cols);
   const int64_t tiles = row_blocks * ceil_div(cols, kColumnsPerBlock);
-  unsigned grid = 0;
-  int error = persistent_grid(block_moments, kThreads, tiles, &grid);
+  const int error = launch_persistent(block_moments, kThreads, tiles, stream, x, rows_aligned(x), tokens,
+                                      cols, tiles, count, blocks);
   if (error != cudaSuccess) return error;
-  AP_LAUNCH(block_moments, grid, kThreads, stream, x, rows_aligned(x), tokens, cols, tiles, count, blocks);
-  error = cudaGetLastError();
-  if (error != cudaSuccess) return error;
-  error = persistent_grid(merge_blocks, kThreads, ceil_div(cols, kWarp), &grid);
-  if (error != cudaSuccess) return error;
-  AP_LAUNCH(merge_blocks, grid, kThreads, stream, blocks, tokens, cols, row_blocks, mean, m2, count);
-  return cudaGetLastError();
+  return launch_persistent(merge_blocks, kThreads, ceil_div(cols, kWarp), stream, blocks, tokens, cols,
+                           row_blocks, mean, m2, count);
 }

@@ -31,17 +31,21 @@ constexpr int64_t kMaxGridX = 2147483647;
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Sets the grid of a kernel whose blocks loop over the work: what the device runs at a time, at most a block
-// per item.
-template <class Kernel>
-int persistent_grid(Kernel kernel, int threads, int64_t items, unsigned* grid) {
+// Launches a kernel whose blocks loop over `items` of work: as many blocks as the device runs at a time, at
+// most one per item.
+template <class... Parameters, class... Arguments>
+int launch_persistent(void (*kernel)(Parameters...), int threads, int64_t items, void* stream,
+                      Arguments... arguments) {
   int device = 0, multiprocessors = 0, blocks = 0;
   int error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0);
-  *grid = static_cast<unsigned>(smaller(items, int64_t(multiprocessors) * blocks));
-  return error;
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0);
+  if (error != cudaSuccess) return error;
+  const unsigned grid = static_cast<unsigned>(smaller(items, int64_t(multiprocessors) * blocks));
+  AP_LAUNCH(kernel, grid, threads, stream, arguments...);
+  return cudaGetLastError();
 }
 
 // The last entry of a table whose `first` is at most `item`; these ascend from 0.

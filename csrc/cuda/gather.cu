@@ -173,12 +173,10 @@ int ap_cuda_gather_units(const adapt_pruner::GatherMember* members, int64_t memb
   std::vector<char> uploaded(table_bytes + keep_bytes);
   std::memcpy(uploaded.data(), tasks.data(), table_bytes);
   std::memcpy(uploaded.data() + table_bytes, keep, keep_bytes);
-  int error = ap_cuda_upload(workspace, uploaded.data(), int64_t(uploaded.size()), stream);
+  const int error = ap_cuda_upload(workspace, uploaded.data(), int64_t(uploaded.size()), stream);
   if (error != cudaSuccess) return error;
-  unsigned grid = 0;
-  error = persistent_grid(gather, kThreads, tiles, &grid);
-  if (error != cudaSuccess) return error;
-  AP_LAUNCH(gather, grid, kThreads, stream, static_cast<const Task*>(workspace), int64_t(tasks.size()),
-            reinterpret_cast<const int64_t*>(static_cast<const char*>(workspace) + table_bytes), tiles);
-  return cudaGetLastError();
+  const Task* device_tasks = static_cast<const Task*>(workspace);
+  const int64_t* device_keep = reinterpret_cast<const int64_t*>(device_tasks + tasks.size());
+  return launch_persistent(gather, kThreads, tiles, stream, device_tasks, int64_t(tasks.size()), device_keep,
+                           tiles);
 }

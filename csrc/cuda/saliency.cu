@@ -16,7 +16,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kWarpColumns = kWarp * kChunk;  // a row of chunks next to each other: 256 columns
-constexpr int kBlocksPerSm = 5;               // leaves registers for the loads of every mode
+constexpr int kBlocksPerSm = 5;               // leaves 96 registers, enough for the loads of every mode
 
 // Summed along its rows, a tile is low and wide; along its columns, high and narrow.
 constexpr int64_t kRowTileRows = 16;
@@ -28,7 +28,7 @@ constexpr int64_t kColumnTileColumns = kWarpColumns;
 struct Task {
   ImportanceMember member;
   int64_t indices;        // along the unit dimension
-  int64_t sums;           // per index: tiles across
+  int64_t sums;           // of an index: one per tile that it crosses
   int64_t first_tile;
   int64_t first_sum;      // in the tile sums, [sums, indices] for each member
   int64_t first_index;    // in the index scores, [indices] for each member
@@ -209,7 +209,8 @@ __global__ void __launch_bounds__(kThreads)
     double sum = 0.0;
     if (index < indices) {
 #pragma unroll 4
-      for (int64_t i = threadIdx.x / kWarp; i < sums_per_index; i += kWarps) sum += sums_of_index[i * indices];
+      for (int64_t i = threadIdx.x / kWarp; i < sums_per_index; i += kWarps)
+        sum += sums_of_index[i * indices];
     }
     sum = sum_over_warps<kWarps>(sum, shared);
     if (threadIdx.x < kWarp && index < indices)
@@ -314,26 +315,16 @@ int launch(const Work& work, Mode mode, int64_t units, float* scores, char* work
   float* sums = reinterpret_cast<float*>(workspace + layout.sums);
   float* scores_of_indices = reinterpret_cast<float*>(workspace + layout.scores);
   const int64_t task_count = int64_t(work.tasks.size()), set_count = int64_t(work.sets.size());
-  unsigned grid = 0;
-
   if (work.tiles > 0) {
-    const TileSums kernel = tile_sums_of(mode);
-    error = persistent_grid(kernel, kThreads, work.tiles, &grid);
-    if (error != cudaSuccess) return error;
-    AP_LAUNCH(kernel, grid, kThreads, stream, tasks, task_count, work.tiles, sums);
-    error = cudaGetLastError();
+    error = launch_persistent(tile_sums_of(mode), kThreads, work.tiles, stream, tasks, task_count, work.tiles,
+                              sums);
     if (error != cudaSuccess) return error;
   }
-  error = persistent_grid(index_scores, kThreads, work.stretches, &grid);
+  error = launch_persistent(index_scores, kThreads, work.stretches, stream, tasks, task_count, work.stretches,
+                            mode == kVectorize, sums, scores_of_indices);
   if (error != cudaSuccess) return error;
-  AP_LAUNCH(index_scores, grid, kThreads, stream, tasks, task_count, work.stretches, mode == kVectorize, sums,
-            scores_of_indices);
-  error = cudaGetLastError();
-  if (error != cudaSuccess) return error;
-  error = persistent_grid(unit_scores, kThreads, ceil_div(units, kWarps), &grid);
-  if (error != cudaSuccess) return error;
-  AP_LAUNCH(unit_scores, grid, kThreads, stream, sets, set_count, tasks, scores_of_indices, units, scores);
-  return cudaGetLastError();
+  return launch_persistent(unit_scores, kThreads, ceil_div(units, kWarps), stream, sets, set_count, tasks,
+                           scores_of_indices, units, scores);
 }
 
 }  // namespace
