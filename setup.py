@@ -34,7 +34,13 @@ CPU_SOURCES = [
     "cpu/activations.cpp",
     "cpu/roofline.cpp",
 ]
-CUDA_SOURCES = ["cuda/runtime.cu", "cuda/saliency.cu", "cuda/gather.cu", "cuda/similarity.cu"]
+CUDA_SOURCES = [
+    "cuda/runtime.cu",
+    "cuda/saliency.cu",
+    "cuda/gather.cu",
+    "cuda/similarity.cu",
+    "cuda/activations.cu",
+]
 HEADERS = ["kernels.h", "checks.h", "cuda/common.cuh"]
 HEADERS += [f"cpu/{path.name}" for path in sorted((ROOT / "csrc" / "cpu").glob("*.h"))]
 

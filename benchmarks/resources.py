@@ -279,7 +279,7 @@ def _measure_amd(asm: dict[str, Any]) -> dict[str, int]:
 def cuda_resources(nvcc: str, target_name: str) -> list[Resources]:
     """Of every kernel in csrc/cuda, from ptxas."""
     found = []
-    for source in ("saliency", "gather", "similarity"):
+    for source in ("saliency", "gather", "similarity", "activations"):
         command = [nvcc, "-std=c++17", "-O3", "-fmad=false", f"-arch={target_name}", "-cubin"]
         command += ["--ptxas-options=-v", str(ROOT / "csrc" / "cuda" / f"{source}.cu"), "-o", os.devnull]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr

@@ -87,8 +87,8 @@ uint64_t ap_cpu_roofline_read(const void* first, const void* second, int64_t byt
 void ap_cpu_roofline_copy(void* target, const void* source, int64_t bytes, bool streaming,
                           ApParallelFor parallel_for);
 
-// ---- CUDA: pointers are device pointers, work is queued on `stream`, 0 or a cudaError_t is returned
-// ---------
+// ---- CUDA: data are in device memory, the members themselves in host memory; work is queued on `stream`,
+// 0 or a cudaError_t is returned
 
 int ap_cuda_runtime_version();
 int ap_cuda_driver_version();
@@ -97,14 +97,24 @@ const char* ap_cuda_error_string(int error);
 // Queues a copy from pageable host memory; the source may be reused on return.
 int ap_cuda_upload(void* target, const void* source, int64_t bytes, void* stream);
 
-int64_t ap_cuda_importance_scratch_floats(const adapt_pruner::ImportanceMember* members,
-                                          int64_t member_count);
+// A workspace is device memory aligned to 16 bytes, of as many bytes as asked for, in use until the work that
+// was queued is done.
+int64_t ap_cuda_importance_workspace_bytes(const adapt_pruner::ImportanceMember* members,
+                                           int64_t member_count);
 
 int ap_cuda_unit_importance(const adapt_pruner::ImportanceMember* members, int64_t member_count, int32_t mode,
-                            int64_t units, float* scores, float* scratch, void* stream);
+                            int64_t units, float* scores, void* workspace, void* stream);
 
+int64_t ap_cuda_gather_workspace_bytes(int64_t member_count, int64_t kept);
+
+// keep is host memory
 int ap_cuda_gather_units(const adapt_pruner::GatherMember* members, int64_t member_count, const int64_t* keep,
-                         int64_t kept, void* stream);
+                         int64_t kept, void* workspace, void* stream);
+
+int64_t ap_cuda_activation_workspace_bytes(int64_t tokens, int64_t cols);
+
+int ap_cuda_activation_stats(adapt_pruner::Matrix x, int64_t tokens, int64_t cols, double* mean, double* m2,
+                             int64_t* count, void* workspace, void* stream);
 
 // scratch: one float per token
 int ap_cuda_residual_similarity(adapt_pruner::Matrix h_in, adapt_pruner::Matrix h_out, int64_t tokens,

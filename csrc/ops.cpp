@@ -255,6 +255,11 @@ void check_launch(const char* op, int error) {
   STD_TORCH_CHECK(error == 0, op, ": ", ap_cuda_error_string(error));
 }
 
+// Freed on return, but its memory is only reused by later work of the same stream.
+Tensor workspace_like(const Tensor& tensor, int64_t bytes) {
+  return torch::stable::new_empty(tensor, {bytes}, ScalarType::Byte);
+}
+
 Tensor unit_importance_cuda(std::vector<Tensor> weights, std::vector<Tensor> grads,
                             std::vector<Tensor> fishers, std::vector<int64_t> dims,
                             std::vector<int64_t> group_sizes, std::string mode,
@@ -264,25 +269,23 @@ Tensor unit_importance_cuda(std::vector<Tensor> weights, std::vector<Tensor> gra
   const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
   const int64_t count = int64_t(arguments.members.size());
   Tensor scores = torch::stable::new_empty(weights[0], {arguments.units}, ScalarType::Float);
-  // freed on return, but only reused by later work of the same stream
-  Tensor scratch = torch::stable::new_empty(
-      weights[0], {ap_cuda_importance_scratch_floats(arguments.members.data(), count)}, ScalarType::Float);
+  const Tensor workspace =
+      workspace_like(weights[0], ap_cuda_importance_workspace_bytes(arguments.members.data(), count));
   check_launch("unit_importance",
                ap_cuda_unit_importance(arguments.members.data(), count, arguments.mode, arguments.units,
-                                       scores.mutable_data_ptr<float>(), scratch.mutable_data_ptr<float>(),
+                                       scores.mutable_data_ptr<float>(), workspace.mutable_data_ptr(),
                                        current_stream(weights[0].get_device_index())));
   return scores;
 }
 
 void run_gather_cuda(const GatherArguments& arguments, const Tensor& keep) {
   const Tensor& first = arguments.outputs[0];
-  void* stream = current_stream(first.get_device_index());
-  Tensor device_keep = torch::stable::new_empty(first, {keep.numel()}, ScalarType::Long);
-  check_launch("gather_units", ap_cuda_upload(device_keep.mutable_data_ptr(), keep.const_data_ptr(),
-                                              keep.numel() * int64_t(sizeof(int64_t)), stream));
+  const int64_t count = int64_t(arguments.members.size());
+  const Tensor workspace = workspace_like(first, ap_cuda_gather_workspace_bytes(count, keep.numel()));
   check_launch("gather_units",
-               ap_cuda_gather_units(arguments.members.data(), int64_t(arguments.members.size()),
-                                    device_keep.const_data_ptr<int64_t>(), keep.numel(), stream));
+               ap_cuda_gather_units(arguments.members.data(), count, keep.const_data_ptr<int64_t>(),
+                                    keep.numel(), workspace.mutable_data_ptr(),
+                                    current_stream(first.get_device_index())));
 }
 
 void check_on_cuda(const std::vector<Tensor>& tensors) {
@@ -316,6 +319,18 @@ Tensor residual_similarity_cuda(Tensor h_in, Tensor h_out, std::string metric) {
                    result.mutable_data_ptr<float>(), scratch.mutable_data_ptr<float>(),
                    current_stream(h_in.get_device_index())));
   return result;
+}
+
+void activation_stats_cuda(Tensor x, Tensor mean, Tensor m2, Tensor count) {
+  const StatsArguments arguments = stats_arguments(x, mean, m2, count);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Tensor workspace =
+      workspace_like(x, ap_cuda_activation_workspace_bytes(arguments.tokens, arguments.cols));
+  check_launch("activation_stats",
+               ap_cuda_activation_stats(arguments.x, arguments.tokens, arguments.cols,
+                                        mean.mutable_data_ptr<double>(), m2.mutable_data_ptr<double>(),
+                                        count.mutable_data_ptr<int64_t>(), workspace.mutable_data_ptr(),
+                                        current_stream(x.get_device_index())));
 }
 
 #endif  // ADAPT_PRUNER_WITH_CUDA
@@ -356,6 +371,7 @@ STABLE_TORCH_LIBRARY_IMPL(adapt_pruner, CUDA, m) {
   m.impl("gather_units", TORCH_BOX(&gather_units_cuda));
   m.impl("gather_units.out", TORCH_BOX(&gather_units_out_cuda));
   m.impl("residual_similarity", TORCH_BOX(&residual_similarity_cuda));
+  m.impl("activation_stats", TORCH_BOX(&activation_stats_cuda));
 }
 #endif
 

@@ -30,8 +30,9 @@ def linear_importance(x: Tensor, dy: Tensor, weight: Tensor, dim: int, group_siz
             grad = tile[: part.numel()].view(part.shape)
             torch.mm(dy[:, row : row + rows].T, x[:, col : col + cols], out=grad)
             first = (row, col)[dim]
+            # the product is symmetric, and it is the second factor that may be fp32 beside a 16-bit one
             index_scores[first : first + part.shape[dim]] += torch.ops.adapt_pruner.unit_importance(
-                [part], [grad], [], [dim], [1], "first"
+                [grad], [part], [], [dim], [1], "first"
             )
     torch.sum(index_scores.view(-1, group_size), dim=1, out=scores)
     return scores.float()

@@ -5,6 +5,7 @@ namespace adapt_pruner::cuda {
 namespace {
 
 constexpr int kTokenThreads = 256;
+constexpr int64_t kStep = kTokenThreads * kChunk;
 constexpr int kMeanThreads = 1024;
 
 struct Sums {  // of products (cosine), or the first alone of squared or absolute differences
@@ -43,12 +44,26 @@ __global__ void __launch_bounds__(kTokenThreads)
   __shared__ float shared[3][kTokenThreads / kWarp];
   const int64_t token = blockIdx.x;
   Sums sums = {0.0f, 0.0f, 0.0f};
-  for (int64_t col = int64_t(threadIdx.x) * kChunk; col < hidden; col += kTokenThreads * kChunk) {
-    const int count = static_cast<int>(smaller(kChunk, hidden - col));
+  const auto add = [&](const Chunk& chunk_in, const Chunk& chunk_out) {
     float x[kChunk], y[kChunk];
-    load_chunk(h_in, aligned, token * h_in.row_stride + col, count, x);
-    load_chunk(h_out, aligned, token * h_out.row_stride + col, count, y);
+    convert(chunk_in, h_in.dtype, x);
+    convert(chunk_out, h_out.dtype, y);
     accumulate<metric>(x, y, &sums);
+  };
+  int64_t col = int64_t(threadIdx.x) * kChunk;
+  for (; aligned && col + kStep + kChunk <= hidden; col += 2 * kStep) {  // four loads in flight
+    Chunk in[2], out[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      in[k] = load_chunk(h_in, true, token, col + k * kStep, kChunk);
+      out[k] = load_chunk(h_out, true, token, col + k * kStep, kChunk);
+    }
+#pragma unroll
+    for (int k = 0; k < 2; ++k) add(in[k], out[k]);
+  }
+  for (; col < hidden; col += kStep) {
+    add(load_chunk(h_in, aligned, token, col, hidden - col),
+        load_chunk(h_out, aligned, token, col, hidden - col));
   }
   const float dot = block_sum<kTokenThreads>(sums.dot, shared[0]);
   const float square_in = metric == kCosine ? block_sum<kTokenThreads>(sums.square_in, shared[1]) : 0.0f;

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from ctypes import Structure, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class ImportanceMember(Structure):
         ("rows", c_int64),
         ("cols", c_int64),
         ("group_size", c_int64),
+        ("first_unit", c_int64),
         ("dim", c_int32),
     ]
 
@@ -54,26 +56,43 @@ class LaunchFailed(RuntimeError):
 
 def compile_kernels(
     folder: Path,
-    sources: Sequence[str] = ("saliency.cu", "gather.cu", "similarity.cu"),
+    sources: Sequence[str] = ("saliency.cu", "gather.cu", "similarity.cu", "activations.cu"),
     edit: Callable[[str, str], str] | None = None,
 ) -> ctypes.CDLL:
     """Compile sources of csrc/cuda into `folder`; `edit(name, text)` may change a text, to plant a bug."""
     copies = folder / "csrc" / "cuda"
     copies.mkdir(parents=True)
     (folder / "csrc" / "kernels.h").write_text((ROOT / "csrc" / "kernels.h").read_text())
+    sources = ("runtime.cu", *sources)
     for name in ("common.cuh", *sources):
         text = (CUDA_SOURCES / name).read_text()
         (copies / name).write_text(edit(name, text) if edit is not None else text)
-    # one translation unit, so that all kernels share one emulated machine and g++ starts once
-    (copies / "all.cpp").write_text("".join(f'#include "{name}"\n' for name in sources))
     library = folder / "libemulated.so"
     command = ["g++", "-std=c++17", "-O1", "-g", "-shared", "-fPIC", "-ffp-contract=off", f"-I{EMULATION}"]
-    command += ["-Wall", "-Werror", "-Wno-unknown-pragmas", str(copies / "all.cpp"), "-o", str(library)]
+    command += ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-o", str(library)]
+    command += ["-x", "c++", *(str(copies / name) for name in sources)]
     subprocess.run(command, check=True, timeout=300)
     kernels = ctypes.CDLL(str(library))
-    if "saliency.cu" in sources:
-        kernels.ap_cuda_importance_scratch_floats.restype = c_int64
+    kernels.cuda_emulation_launches.restype = c_int64
     return kernels
+
+
+class Workspace:
+    """Memory of a call, full of NaN before it; nothing may be written behind its end."""
+
+    GUARD = 256  # bytes
+
+    def __init__(self, size_function: Any, *arguments: Any) -> None:
+        size_function.restype = c_int64
+        self.bytes = size_function(*arguments)
+        self.memory = torch.full((self.bytes + self.GUARD,), 0xFF, dtype=torch.uint8)
+
+    @property
+    def pointer(self) -> c_void_p:
+        return c_void_p(self.memory.data_ptr())
+
+    def check(self) -> None:
+        assert (self.memory[self.bytes :] == 0xFF).all(), "written behind the end of the workspace"
 
 
 def unit_importance(
@@ -84,31 +103,36 @@ def unit_importance(
     dims: Sequence[int],
     group_sizes: Sequence[int],
     mode: str,
+    sets: Sequence[int] = (),
 ) -> Tensor:
+    """As the op of this name: the scores of all sets, one after the other."""
     members = (ImportanceMember * len(weights))()
+    units = first_unit = 0
     for i, weight in enumerate(weights):
+        if i == 0 or (sets and sets[i] != sets[i - 1]):
+            first_unit = units
+            units += weight.shape[dims[i]] // group_sizes[i]
         members[i] = ImportanceMember(
             _matrix(weight),
             _matrix(grads[i]) if grads else Matrix(),
             _matrix(fishers[i]) if fishers else Matrix(),
             *_shape(weight),
             group_sizes[i],
+            first_unit,
             dims[i] if weight.dim() == 2 else 1,
         )
-    units = weights[0].shape[dims[0]] // group_sizes[0]
     scores = torch.full((units,), torch.nan)
-    floats = kernels.ap_cuda_importance_scratch_floats(members, c_int64(len(weights)))
-    scratch = torch.full((floats,), torch.nan)
+    workspace = Workspace(kernels.ap_cuda_importance_workspace_bytes, members, c_int64(len(weights)))
     error = kernels.ap_cuda_unit_importance(
         members,
         c_int64(len(weights)),
         c_int32(MODES.index(mode)),
         c_int64(units),
-        _floats(scores),
-        _floats(scratch),
+        _pointer(scores),
+        workspace.pointer,
         None,
     )
-    return _checked(error, scores)
+    return _checked(error, scores, workspace)
 
 
 def gather_units(
@@ -134,10 +158,10 @@ def gather_units(
             dims[i] if tensor.dim() == 2 else 1,
             tensor.element_size(),
         )
-    error = kernels.ap_cuda_gather_units(
-        members, c_int64(len(tensors)), c_void_p(keep.data_ptr()), c_int64(len(keep)), None
-    )
-    _checked(error, keep)
+    count, kept = c_int64(len(tensors)), c_int64(len(keep))
+    workspace = Workspace(kernels.ap_cuda_gather_workspace_bytes, count, kept)
+    error = kernels.ap_cuda_gather_units(members, count, _pointer(keep), kept, workspace.pointer, None)
+    _checked(error, keep, workspace)
     return outputs
 
 
@@ -150,20 +174,30 @@ def residual_similarity(kernels: ctypes.CDLL, h_in: Tensor, h_out: Tensor, metri
         c_int64(tokens),
         c_int64(hidden),
         c_int32(METRICS.index(metric)),
-        _floats(result),
-        _floats(scratch),
+        _pointer(result),
+        _pointer(scratch),
         None,
     )
     return _checked(error, result)[0]
 
 
-def _checked(error: int, result: Tensor) -> Tensor:
+def activation_stats(kernels: ctypes.CDLL, x: Tensor, mean: Tensor, m2: Tensor, count: Tensor) -> None:
+    sizes = c_int64(x.shape[0]), c_int64(x.shape[1])
+    workspace = Workspace(kernels.ap_cuda_activation_workspace_bytes, *sizes)
+    state = (_pointer(mean), _pointer(m2), _pointer(count))
+    error = kernels.ap_cuda_activation_stats(_matrix(x), *sizes, *state, workspace.pointer, None)
+    _checked(error, mean, workspace)
+
+
+def _checked(error: int, result: Tensor, workspace: Workspace | None = None) -> Tensor:
     if error != 0:
         raise LaunchFailed(f"CUDA error {error}")
+    if workspace is not None:
+        workspace.check()
     return result
 
 
-def _floats(tensor: Tensor) -> c_void_p:
+def _pointer(tensor: Tensor) -> c_void_p:
     return c_void_p(tensor.data_ptr())
 
 

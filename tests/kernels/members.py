@@ -31,6 +31,10 @@ class Members:
     grads: list[Tensor] = field(default_factory=list)
     fishers: list[Tensor] = field(default_factory=list)
 
+    @property
+    def units(self) -> int:
+        return self.weights[0].shape[self.dims[0]] // self.group_sizes[0]
+
     def arguments(self, mode: str) -> dict[str, Any]:
         """Keyword arguments of unit_importance, with the companions that the mode reads."""
         return {

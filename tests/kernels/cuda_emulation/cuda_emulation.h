@@ -6,6 +6,8 @@
 // order, because a barrier is missing, gives different results for different seeds. A barrier that not all
 // threads reach ends the launch with an error.
 //
+// The emulated device has as many multiprocessors as a test wants, each running one block at a time.
+//
 // Not covered: tensor cores, asynchronous copies, races within a warp's lockstep, and speed.
 #pragma once
 
@@ -40,6 +42,10 @@ enum {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorLaunchFailure = 719
 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+typedef void* cudaStream_t;
+constexpr int CUDART_VERSION = 13000;
 
 // Saves the callee-saved registers and the stack pointer, and continues where `load` was saved.
 extern "C" void cuda_emulation_switch(void** save, void* load);
@@ -79,6 +85,8 @@ struct Machine {
   int current = 0;
   std::minstd_rand random;
   int error = cudaSuccess;
+  int multiprocessors = 8;
+  int64_t launches = 0;
 };
 
 inline Machine machine;
@@ -173,6 +181,7 @@ void launch(dim3 grid, dim3 block, Body body) {
     machine.error = cudaErrorInvalidConfiguration;
     return;
   }
+  ++machine.launches;
   machine.grid = grid;
   machine.block = block;
   machine.body = body;
@@ -234,6 +243,36 @@ inline int cudaGetLastError() {
   return error;
 }
 
+inline int cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = cuda_emulation::machine.multiprocessors;
+  return cudaSuccess;
+}
+template <class Kernel>
+int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+inline int cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  std::memcpy(target, source, bytes);
+  return cudaSuccess;
+}
+inline int cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t) { return "emulated error"; }
+
 extern "C" inline __attribute__((used)) void cuda_emulation_seed(unsigned seed) {
   cuda_emulation::machine.random.seed(seed + 1);
+}
+extern "C" inline __attribute__((used)) void cuda_emulation_multiprocessors(int count) {
+  cuda_emulation::machine.multiprocessors = count;
+}
+// of kernels, since the library was loaded
+extern "C" inline __attribute__((used)) int64_t cuda_emulation_launches() {
+  return cuda_emulation::machine.launches;
 }
