@@ -94,6 +94,7 @@ inline std::vector<int64_t> check_members(const char* list, const std::vector<Te
                   tensors.size(), " tensors, got ", group_sizes.size());
   check_sets(sets, tensors.size());
   std::vector<int64_t> units;
+  size_t first = 0;  // member of its set
   for (size_t i = 0; i < tensors.size(); ++i) {
     const std::string name = element_name(list, i);
     check_layout(name, tensors[i]);
@@ -104,9 +105,12 @@ inline std::vector<int64_t> check_members(const char* list, const std::vector<Te
     STD_TORCH_CHECK(group_sizes[i] >= 1 && length % group_sizes[i] == 0, "group_sizes[", i,
                     "]: expected a divisor of the ", length, " indices of dimension ", dims[i], ", got ",
                     group_sizes[i]);
-    if (set_of(sets, i) == units.size()) units.push_back(length / group_sizes[i]);
+    if (set_of(sets, i) == units.size()) {
+      units.push_back(length / group_sizes[i]);
+      first = i;
+    }
     STD_TORCH_CHECK(length / group_sizes[i] == units.back(), name, ": expected ", units.back(),
-                    " units as in the first tensor of its set, got ", length / group_sizes[i]);
+                    " units as in ", list, "[", first, "], got ", length / group_sizes[i]);
   }
   return units;
 }

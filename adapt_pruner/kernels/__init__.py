@@ -1,4 +1,4 @@
-"""Fused ops: importance, gathering of kept units, similarity of residual streams, statistics of activations."""
+"""Fused ops: importance, gathering, similarity of residual streams, statistics of activations."""
 
 from adapt_pruner.kernels.activations import ActivationStats
 from adapt_pruner.kernels.backends import BACKENDS, BackendUnavailable, backend_status, build_info

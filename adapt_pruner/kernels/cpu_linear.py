@@ -10,7 +10,7 @@ SMALLEST_TILE = 1 << 16  # elements
 LONGEST_SIDE = 2048
 
 
-def _tile_shape(out_features: int, in_features: int) -> tuple[int, int]:
+def tile_shape(out_features: int, in_features: int) -> tuple[int, int]:
     """As square as a tile can be: packing its operands costs the least."""
     elements = max(out_features * in_features // TILE_FRACTION, SMALLEST_TILE)
     cols = min(in_features, LONGEST_SIDE)
@@ -20,7 +20,7 @@ def _tile_shape(out_features: int, in_features: int) -> tuple[int, int]:
 @torch.library.custom_op("adapt_pruner::linear_importance", mutates_args=(), device_types="cpu")
 def linear_importance(x: Tensor, dy: Tensor, weight: Tensor, dim: int, group_size: int) -> Tensor:
     """The op behind `adapt_pruner.kernels.linear_importance`; x and dy are [tokens, features]."""
-    rows, cols = _tile_shape(*weight.shape)
+    rows, cols = tile_shape(*weight.shape)
     tile = torch.empty(rows * cols, dtype=x.dtype)
     scores = torch.zeros(weight.shape[dim] // group_size, dtype=torch.float64)
     index_scores = torch.zeros(weight.shape[dim], dtype=torch.float64)

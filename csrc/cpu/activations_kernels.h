@@ -21,11 +21,14 @@ AP_INLINE void add_distances(const T* row, int64_t stride, int64_t count, int64_
     add_pair(squares + c, square);
   }
   for (; c < width; ++c) {
+    float sum = 0.0f, square = 0.0f;
     for (int64_t k = 0; k < count; ++k) {
       const float d = load1(row + k * stride + c) - origin[c];
-      sums[c] += d;
-      squares[c] += d * d;
+      sum += d;
+      square += d * d;
     }
+    sums[c] += sum;
+    squares[c] += square;
   }
 }
 

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_pruner.kernels import METRICS, MODES, reference, residual_similarity, unit_importance
+from adapt_pruner.kernels import (
+    METRICS,
+    MODES,
+    ActivationStats,
+    reference,
+    residual_similarity,
+    unit_importance,
+)
 
 # name -> dtype of weights, dtype of gradients and Fisher diagonals
 DTYPES = {
@@ -99,4 +106,8 @@ def digest_of_native_results() -> str:
         for metric in METRICS:
             similarity = residual_similarity(weight, -weight.roll(1), metric, backend="cpu")
             digest.update(similarity.numpy().tobytes())
+        stats = ActivationStats.zeros(weight.shape[1])
+        for rows in (weight, weight[:5]):
+            stats.update(rows, backend="cpu")
+        digest.update(stats.mean.numpy().tobytes() + stats.m2.numpy().tobytes())
     return digest.hexdigest()

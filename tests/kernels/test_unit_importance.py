@@ -3,9 +3,10 @@ import torch
 from members import DTYPES, Members, assert_importance_within_budget, make_members
 from torch import Tensor
 
-from adapt_pruner.kernels import MODES, reference, unit_importance
+from adapt_pruner.kernels import MODES, UnitSet, reference, unit_importance, unit_importances
 
-SIZES = [(1, 1), (7, 33), (33, 7), (257, 40), (40, 257), (130, 2080)]
+# the last ones: more than one tile of rows, and of columns
+SIZES = [(1, 1), (7, 33), (33, 7), (257, 40), (40, 257), (130, 2080), (2051, 5), (5, 16421)]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -90,12 +91,12 @@ def test_empty_sums(native_cpu: str, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_half_precision_value(native_cpu: str, dtype: torch.dtype) -> None:
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    result = unit_importance([values], [], [0], [1], mode="magnitude_l1", backend=native_cpu)
-    # row sums of width 9 pass through the vectors, widths of 1 through the scalars
-    in_rows = values[:, None].expand(-1, 9).contiguous()
-    padded = torch.zeros_like(in_rows)
+    arguments = {"mode": "magnitude_l1", "check_finite": False, "backend": native_cpu}
+    result = unit_importance([values], [], [0], [1], **arguments)
+    # row sums of width 40 pass through the vectors, widths of 1 through the scalars
+    padded = torch.zeros(len(values), 40, dtype=dtype)
     padded[:, 4] = values
-    as_rows = unit_importance([padded], [], [0], [1], mode="magnitude_l1", backend=native_cpu)
+    as_rows = unit_importance([padded], [], [0], [1], **arguments)
     for got in (result, as_rows):
         torch.testing.assert_close(got, values.float().abs(), rtol=0, atol=0, equal_nan=True)
 
@@ -104,11 +105,55 @@ def test_every_half_precision_value(native_cpu: str, dtype: torch.dtype) -> None
 def test_same_bits_for_any_number_of_threads(native_cpu: str, threads: None, mode: str) -> None:
     members = make_members(300, 1100, "fp32", group_size=2)
     results = []
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 4):
         torch.set_num_threads(count)
         results.append(unit_importance(**members.arguments(mode), backend=native_cpu))
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def as_set(members: Members, mode: str) -> UnitSet:
+    arguments = members.arguments(mode)
+    del arguments["mode"]
+    return UnitSet(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("mode", MODES)
+def test_several_sets_are_scored_as_one_by_one(native_cpu: str, backend: str, mode: str) -> None:
+    several = [
+        make_members(7, 33, "fp32", 2),
+        make_members(40, 5, "bf16"),
+        make_members(3, 70, "fp16_fp32", 4),
+    ]
+    sets = [as_set(members, mode) for members in several]
+    together = unit_importances(sets, mode=mode, backend=backend)
+    for scores, members, unit_set in zip(together, several, sets, strict=True):
+        assert scores.shape == (unit_set.units,)
+        assert torch.equal(scores, unit_importance(**members.arguments(mode), backend=backend))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (9, 70), (133, 2085), (2050, 40), (4, 16421)])
+def test_rows_and_columns_from_one_read(
+    native_cpu: str, mode: str, dtypes: str, shape: tuple[int, int]
+) -> None:
+    members = make_members(*shape, dtypes)
+    both = []
+    for dim in (0, 1):
+        one = Members(members.weights[:1], [dim], [1], members.grads[:1], members.fishers[:1])
+        both.append(as_set(one, mode))
+    together = unit_importances(both, mode=mode, backend=native_cpu)
+    for scores, alone in zip(together, both, strict=True):
+        assert torch.equal(scores, unit_importances([alone], mode=mode, backend=native_cpu)[0])
+
+
+def test_sets_by_hand() -> None:
+    weight, grad = torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([[1.0, 1.0], [-1.0, 2.0]])
+    sets = [UnitSet([weight, weight], [grad, grad], [0, 1], [1, 1]), UnitSet([weight], [grad], [0], [2])]
+    assert [scores.tolist() for scores in unit_importances(sets)] == [[3.0 + 4.0, 11.0 + 10.0], [14.0]]
+    with pytest.raises(ValueError, match="sets: expected at least one set of units, got none"):
+        unit_importances([])
 
 
 def test_parameters_that_require_gradients() -> None:
