@@ -66,6 +66,8 @@ def check_stats(x: Tensor, mean: Tensor, m2: Tensor, count: Tensor) -> None:
                 f"{name}: expected {dtype} of shape {tuple(shape)} on {x.device}, "
                 f"got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
             )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
 
 
 def check_gather(

@@ -1,23 +1,29 @@
 """Unit importance in Triton: importing this module imports triton and registers the op.
 
-All members of all sets are worked on together. Tables of addresses and sizes tell a program what is its own, so
-that the number of launches depends on how many combinations of dtypes and alignments there are, not on how many
-layers. Three steps: one score per index of a member's unit dimension (rows directly; columns as partial sums of
-fixed blocks of rows), the sums of those partial sums, and the sum over the indices and members of each unit.
+All members of all sets are worked on together. Tables of addresses and sizes tell a program what is its own,
+so that the number of launches depends on how many combinations of dtypes and alignments there are, not on how
+many layers. Three steps: one score per index of a member's unit dimension (rows directly; columns as partial
+sums of fixed blocks of rows), the sums of those partial sums, and the sum over indices and members per unit.
 
-No atomics. Every element has its fp32 accumulator, chosen by the shape alone; the accumulators are added up in
-float64, because the order of that sum is the compiler's, and float64 adds values of like magnitude exactly in
-any order.
+No atomics. Every element has its fp32 accumulator, chosen by the shape alone; the accumulators are added up
+in float64, because the order of that sum is the compiler's, and float64 adds values of like magnitude exactly
+in any order.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from adapt_pruner.kernels.checks import MODES_WITH_FISHERS, MODES_WITH_GRADS, first_members
+from adapt_pruner.kernels.checks import (
+    MODES_WITH_FISHERS,
+    MODES_WITH_GRADS,
+    first_members,
+    total_units,
+)
 from adapt_pruner.kernels.triton_launch import (
     FOLD_TILE,
     FOLD_WARPS,
@@ -37,15 +43,13 @@ VECTOR = 8  # elements; rows that begin and end at multiples of it are read 16 b
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-# Tables are int64, with a row for each member (or set) of so many fields. Nothing is specialised on what varies
-# with them.
-PASS_FIELDS = 10  # first program, sums, rows, cols; address and row stride of weight, gradient, Fisher diagonal
-FOLD_FIELDS = 5  # first program, partial sums, index scores, blocks, cols
-SET_FIELDS = 5  # first program, scores, units, first member, end of its members
-MEMBER_FIELDS = 2  # index scores, indices per unit
-_reads_table = triton.jit(
-    do_not_specialize=["entries"], do_not_specialize_on_alignment=["table", "members"]
-)
+# Tables are int64, with a row for each member or set. Nothing is specialised on what varies with them.
+# Fields of a row, after the number of its first program:
+PASS_FIELDS = 10  # target, rows, cols; address and row stride of weight, gradient and Fisher diagonal
+FOLD_FIELDS = 5  # partial sums, index scores, blocks, cols
+SET_FIELDS = 5  # scores, units, first member, end of the members
+MEMBER_FIELDS = 2  # and of the table of members: index scores, indices per unit
+_reads_table = triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["table", "members"])
 
 
 @triton.jit
@@ -255,7 +259,7 @@ class _Work:
         self.index_scores = self.partial_sums = self.units = 0
 
     def add_member(self, tensors: tuple[Tensor, Tensor, Tensor], dim: int, group_size: int) -> None:
-        """tensors: weight, gradient and Fisher diagonal, the weight in place of what the mode does not read."""
+        """tensors: weight, gradient, Fisher diagonal; the weight in place of what the mode does not read."""
         rows, cols, _ = matrix_of(tensors[0])
         by_rows = tensors[0].dim() == 2 and dim == 0
         key = by_rows, tuple(t.dtype for t in tensors), all(_is_aligned(t) for t in tensors)
@@ -336,7 +340,7 @@ def unit_importance(
     dims: list[int],
     group_sizes: list[int],
     mode: str,
-    sets: list[int],
+    sets: Sequence[int] = (),
 ) -> Tensor:
     """The op behind `adapt_pruner.kernels.unit_importances`; arguments are checked there."""
     work = _Work()
@@ -391,6 +395,6 @@ def _fake(
     dims: list[int],
     group_sizes: list[int],
     mode: str,
-    sets: list[int],
+    sets: Sequence[int] = (),
 ) -> Tensor:
     return weights[0].new_empty(total_units(weights, dims, group_sizes, sets), dtype=torch.float32)

@@ -32,7 +32,7 @@ def matrix_of(tensor: Tensor) -> tuple[int, int, int]:
 def fold_columns(
     partial_sums, scores, blocks, cols, tile, ABSOLUTE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """scores[col] = the sum, or its absolute value, of a column of partial_sums, [blocks, cols], contiguous."""
+    """The sum of each column of partial_sums, [blocks, cols], contiguous, or its absolute value."""
     end = tl.cast(cols, tl.int64)
     col = tile * COLS + tl.arange(0, COLS)
     sums = tl.zeros([ROWS, COLS], tl.float64)
@@ -47,9 +47,7 @@ def fold_columns(
 
 
 @triton.jit
-def sums_of_units(
-    index_scores, unit, units, group_size, UNITS: tl.constexpr, INDICES: tl.constexpr
-):
+def sums_of_units(index_scores, unit, units, group_size, UNITS: tl.constexpr, INDICES: tl.constexpr):
     """The sum in float64 of each unit's group_size index scores."""
     end = tl.cast(group_size, tl.int64)
     sums = tl.zeros([UNITS, INDICES], tl.float64)
