@@ -36,9 +36,11 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from adapt_pruner.kernels import (
     METRICS,
     MODES,
+    triton_activations,
     triton_gather,
     triton_importance,
     triton_launch,
+    triton_linear,
     triton_similarity,
 )
 
@@ -180,9 +182,46 @@ def similarity_launches() -> list[Launch]:
     return _distinct(launches)
 
 
+def linear_launches() -> list[Launch]:
+    launches: list[Launch] = []
+    features = {"aligned": (64, 160), "odd": (64, 160), "large": (8192, 4096), "huge": (8192, 4096)}
+    for dtype, name in DTYPES.items():
+        for weight_dtype in dict.fromkeys((dtype, torch.float32)):
+            for layout, (rows, cols) in features.items():
+                x, dy = _matrix(48, cols, dtype, layout), _matrix(48, rows, dtype, layout)
+                device = "meta" if layout == "huge" else "cpu"  # huge in tokens
+                kind = "odd" if layout == "odd" else "aligned"
+                weight = _matrix(dy.shape[1], cols, weight_dtype, kind).to(device)
+                for dim in (0, 1):
+                    variant = f"dim{dim}_{name}_{DTYPES[weight_dtype]}_{layout}"
+                    size = weight.shape[dim]
+                    with _recorded(variant, launches):
+                        for group_size in (1, 16 if size % 16 == 0 else size):
+                            triton_linear.linear_importance(x, dy, weight, dim, group_size)
+    return _distinct(launches)
+
+
+def activation_launches() -> list[Launch]:
+    launches: list[Launch] = []
+    for dtype, name in DTYPES.items():
+        for layout in ("aligned", "odd", "huge"):
+            x = _matrix(64, 160, dtype, layout)
+            mean, m2 = x.new_empty((2, x.shape[1]), dtype=torch.float64).unbind()
+            count = x.new_zeros((), dtype=torch.int64)
+            with _recorded(f"stats_{name}_{layout}", launches):
+                triton_activations.activation_stats(x, mean, m2, count)
+    return _distinct(launches)
+
+
 @cache
 def all_launches() -> list[Launch]:
-    return importance_launches() + gather_launches() + similarity_launches()
+    return (
+        importance_launches()
+        + linear_launches()
+        + gather_launches()
+        + similarity_launches()
+        + activation_launches()
+    )
 
 
 def _distinct(launches: list[Launch]) -> list[Launch]:
@@ -220,7 +259,7 @@ def compile_launch(launch: Launch, target_name: str) -> Any:
 def resources_of(launch: Launch, target_name: str) -> Resources:
     compiled = compile_launch(launch, target_name)
     measure = _measure_amd if target_name.startswith("gfx") else _measure_nvidia
-    values = measure(compiled.asm)
+    values = {**measure(compiled.asm), "shared": compiled.metadata.shared}  # set at launch, not in the code
     return Resources("triton", launch.kernel.__name__, launch.variant, target_name, **values)
 
 
@@ -235,13 +274,12 @@ def _measure_nvidia(asm: dict[str, Any]) -> dict[str, int]:
         file.flush()
         command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report)
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
     assert usage is not None, report
-    registers, stack, shared, local = (int(value) for value in usage.groups())
+    registers, stack, local = (int(value) for value in usage.groups())
     loads = re.findall(r"\bld\.global(?:\.L\w+)*(?:\.v(\d))?\.\w(\d+)", asm["ptx"])
     return {
         "registers": registers,
-        "shared": shared,
         "stack": stack + local,
         "load_bits": max((int(count or 1) * int(bits) for count, bits in loads), default=0),
     }
@@ -256,7 +294,6 @@ def _measure_amd(asm: dict[str, Any]) -> dict[str, int]:
     words = re.findall(r"(?:global|buffer)_load_dword(?:x(\d))?\b", asm["amdgcn"])
     return {
         "registers": value("vgpr_count"),
-        "shared": value("group_segment_fixed_size"),
         "stack": value("private_segment_fixed_size")
         + 4 * (value("vgpr_spill_count") + value("sgpr_spill_count")),
         "load_bits": max((32 * int(count or 1) for count in words), default=0),

@@ -1,9 +1,9 @@
 """Running statistics of activations in Triton: importing this module imports triton and registers the op.
 
-A program holds a block of rows in registers: its values are read once, and their distances are taken from their
-own mean, rounded, which is then put right. The blocks are put together in float64: first the mean of all of
-them, then the squared distances of each from it, so that no block waits for another. The result is merged into
-the running values (Chan, Golub and LeVeque 1979).
+A program holds a block of rows in registers: its values are read once, and their distances are taken from
+their own mean, rounded, which is then put right. The blocks are put together in float64: first the mean of
+all of them, then the squared distances of each from it, so that no block waits for another. The result is
+merged into the running values (Chan, Golub and LeVeque 1979).
 """
 
 import torch
@@ -34,7 +34,7 @@ def block_stats(x, means, moments, tokens, cols, stride, ROWS: tl.constexpr, COL
     center = tl.sum(values, axis=0) / rows
     distances = tl.where(mask, values - center[None, :], 0.0)
     off = tl.sum(distances, axis=0).to(tl.float64)
-    moment = tl.sum(distances * distances, axis=0).to(tl.float64) - off * off / rows
+    moment = tl.sum((distances * distances).to(tl.float64), axis=0) - off * off / rows
     moment = tl.where(moment < 0.0, 0.0, moment)  # tl.maximum would drop NaN
     place = block * end + col
     tl.store(means + place, center.to(tl.float64) + off / rows, mask=col < end)

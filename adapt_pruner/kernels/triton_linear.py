@@ -20,21 +20,23 @@ from adapt_pruner.kernels.triton_launch import (
     sums_of_units,
 )
 
-# By bytes per element of x. A tile twice as tall needs three quarters of the reads, but has registers to
-# spare for them only where rows are read 16 bytes at a time.
+# By bytes per element of x.
 TILES = {
-    2: {"ROWS": 128, "COLS": 128, "TOKENS": 32},
+    2: {"ROWS": 64, "COLS": 128, "TOKENS": 32},
     4: {"ROWS": 64, "COLS": 128, "TOKENS": 16},
 }
+# By bytes per element of x and of the weight. Larger tiles read less, but have the registers for it only
+# where rows are read 16 bytes at a time.
 LARGE_TILES = {
-    2: {"ROWS": 256, "COLS": 128, "TOKENS": 32},
-    4: {"ROWS": 128, "COLS": 128, "TOKENS": 16},
+    (2, 2): {"ROWS": 256, "COLS": 128, "TOKENS": 32},
+    (2, 4): {"ROWS": 128, "COLS": 128, "TOKENS": 64},
+    (4, 4): {"ROWS": 128, "COLS": 128, "TOKENS": 16},
 }
 FEWEST_LARGE_TILES = 256  # with fewer, processors would be left without one
 VECTOR = 16  # features, of which Triton looks for multiples
 GROUP = 8  # rows of tiles that neighbouring programs work on, so that their operands meet in the cache
 WARPS = 8
-STAGES = 3  # 72 KB of shared memory, 64 KB on AMD
+STAGES = 3  # up to 96 KB of shared memory, on AMD all 64 KB that there are
 
 
 @triton.jit
@@ -99,12 +101,12 @@ def tile_sums(
 
 
 @triton.jit
-def index_scores(partial_sums, scores, blocks, length, ROWS: tl.constexpr, COLS: tl.constexpr):
+def sum_tiles(partial_sums, scores, blocks, length, ROWS: tl.constexpr, COLS: tl.constexpr):
     fold_columns(partial_sums, scores, blocks, length, tl.program_id(0).to(tl.int64), False, ROWS, COLS)
 
 
 @triton.jit
-def unit_scores(index_scores, scores, units, group_size, UNITS: tl.constexpr, INDICES: tl.constexpr):
+def sum_indices(index_scores, scores, units, group_size, UNITS: tl.constexpr, INDICES: tl.constexpr):
     unit = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
     score = sums_of_units(index_scores, unit, units, group_size, UNITS, INDICES)
     tl.store(scores + unit, score.to(tl.float32), mask=unit < units)
@@ -140,7 +142,7 @@ def linear_importance(x: Tensor, dy: Tensor, weight: Tensor, dim: int, group_siz
         num_stages=STAGES,
     )
     launch(
-        index_scores,
+        sum_tiles,
         triton.cdiv(length, FOLD_TILE["COLS"]),
         partial_sums,
         scores,
@@ -154,7 +156,7 @@ def linear_importance(x: Tensor, dy: Tensor, weight: Tensor, dim: int, group_siz
     units = length // group_size
     sums = x.new_empty(units, dtype=torch.float32)
     launch(
-        unit_scores,
+        sum_indices,
         triton.cdiv(units, UNIT_TILE["UNITS"]),
         scores,
         sums,
@@ -169,12 +171,8 @@ def linear_importance(x: Tensor, dy: Tensor, weight: Tensor, dim: int, group_siz
 def _tile(x: Tensor, weight: Tensor) -> dict[str, int]:
     """Chosen by shapes and dtypes, as the order of the sums depends on it."""
     rows, cols = weight.shape
-    large = LARGE_TILES[x.element_size()]
-    if (
-        weight.dtype == x.dtype
-        and rows % VECTOR == 0
-        and cols % VECTOR == 0
-        and triton.cdiv(rows, large["ROWS"]) * triton.cdiv(cols, large["COLS"]) >= FEWEST_LARGE_TILES
-    ):
+    large = LARGE_TILES[x.element_size(), weight.element_size()]
+    tiles = triton.cdiv(rows, large["ROWS"]) * triton.cdiv(cols, large["COLS"])
+    if tiles >= FEWEST_LARGE_TILES and rows % VECTOR == 0 and cols % VECTOR == 0:
         return large
     return TILES[x.element_size()]

@@ -136,7 +136,7 @@ def test_an_op_of_triton_alone_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_linear_importance_falls_back_only_from_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CUDA device where triton is missing: the choice of "cuda" is what such a device would give."""
-    monkeypatch.setattr(ops, "choose_backend", lambda backend, device: "cuda")
+    monkeypatch.setattr(ops, "choose_backend", lambda backend, device: {"auto": "cuda"}.get(backend, backend))
     monkeypatch.setattr(backends, "_triton_problem", lambda: "triton cannot be imported: none")
     monkeypatch.setattr(backends, "_warned_about_fallback", False)
     x, dy = torch.randn(5, 6), torch.randn(5, 4)

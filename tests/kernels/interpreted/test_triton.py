@@ -142,6 +142,21 @@ def test_launches_do_not_grow_with_layers(monkeypatch: pytest.MonkeyPatch) -> No
     assert sorted(launched) == ["column_partial_sums", "column_scores", "row_scores", "unit_scores"]
 
 
+def test_compiled_importance_is_one_graph_with_the_same_bits() -> None:
+    members = make_members(6, 20, "bf16", group_size=2)
+
+    def score(weights: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        sets = [
+            UnitSet(weights[:2], grads[:2], members.dims[:2], members.group_sizes[:2]),
+            UnitSet(weights[2:], grads[2:], members.dims[2:], members.group_sizes[2:]),
+        ]
+        return [scores * 2 for scores in unit_importances(sets, backend="triton")]
+
+    compiled = torch.compile(score, backend="aot_eager", fullgraph=True)(members.weights, members.grads)
+    for got, expected in zip(compiled, score(members.weights, members.grads), strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_non_finite_values_are_reported_by_set() -> None:
     layers = [make_members(4, 6, "fp32", seed=i) for i in range(2)]
     layers[1].grads[0][2, 3] = torch.inf
@@ -200,7 +215,7 @@ def test_linear_with_large_tiles(monkeypatch: pytest.MonkeyPatch, dtype: torch.d
     weight = torch.randn(304, 272).to(dtype)
     assert triton_linear._tile(x, weight) == triton_linear.TILES[dtype.itemsize]
     monkeypatch.setattr(triton_linear, "FEWEST_LARGE_TILES", 4)
-    assert triton_linear._tile(x, weight) == triton_linear.LARGE_TILES[dtype.itemsize]
+    assert triton_linear._tile(x, weight) == triton_linear.LARGE_TILES[(dtype.itemsize,) * 2]
     assert_linear_within_budget(x, dy, weight, dim)
 
 
