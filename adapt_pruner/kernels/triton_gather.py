@@ -129,18 +129,36 @@ def _gather_all(
 def _gather(source: Tensor, target: Tensor, keep: Tensor, dim: int, group_size: int) -> None:
     rows, cols, _ = matrix_of(target)
     stride = matrix_of(source)[2]
-    wide = max(rows, cols) > LAST_NARROW
-    if source.dim() == 2 and dim == 0:
-        kernel, tile, lengths = gather_rows, ROW_TILE, (rows, cols)
-    elif group_size >= SHORTEST_RUN:
+    by_rows = source.dim() == 2 and dim == 0
+    if group_size >= SHORTEST_RUN and not by_rows:
         kept = keep.shape[0]
-        programs = triton.cdiv(rows, RUN_TILE["ROWS"]) * kept
-        arguments = (source, target, keep, kept, rows, stride, group_size)
-        launch(gather_runs, programs, *arguments, **RUN_TILE, num_warps=RUN_WARPS)
+        launch(
+            gather_runs,
+            triton.cdiv(rows, RUN_TILE["ROWS"]) * kept,
+            source,
+            target,
+            keep,
+            kept,
+            rows,
+            stride,
+            group_size,
+            **RUN_TILE,
+            num_warps=RUN_WARPS,
+        )
         return
-    else:
-        kernel, tile, lengths = gather_columns, COLUMN_TILE, (cols, rows)
+    tile = ROW_TILE if by_rows else COLUMN_TILE
     col_blocks = triton.cdiv(cols, tile["COLS"])
-    programs = triton.cdiv(rows, tile["ROWS"]) * col_blocks
-    arguments = (source, target, keep, *lengths, col_blocks, stride, group_size)
-    launch(kernel, programs, *arguments, WIDE=wide, **tile, num_warps=WARPS)
+    launch(
+        gather_rows if by_rows else gather_columns,
+        triton.cdiv(rows, tile["ROWS"]) * col_blocks,
+        source,
+        target,
+        keep,
+        *((rows, cols) if by_rows else (cols, rows)),
+        col_blocks,
+        stride,
+        group_size,
+        WIDE=max(rows, cols) > LAST_NARROW,
+        **tile,
+        num_warps=WARPS,
+    )
