@@ -174,11 +174,13 @@ def column_partial_sums(
     col_tiles = (cols + COLS - 1) // COLS
     block = tile // col_tiles
     col = tile % col_tiles * COLS + tl.arange(0, COLS)
-    last_row = tl.minimum((block + 1) * BLOCK, rows)
+    first_row = block * BLOCK
+    height = tl.minimum(rows - first_row, BLOCK).to(tl.int32)
     sums = tl.zeros([ROWS, COLS], tl.float32)
-    for start in range(block * BLOCK, last_row, ROWS):
-        row = start + tl.arange(0, ROWS)
-        mask = (row < last_row)[:, None] & (col < cols)[None, :]
+    for start in range(0, height, ROWS):
+        within = start + tl.arange(0, ROWS)
+        row = first_row + within
+        mask = (within < height)[:, None] & (col < cols)[None, :]
         sums += _elements(
             weight, grad, fisher, row, col, mask, weight_stride, grad_stride, fisher_stride, MODE
         )
