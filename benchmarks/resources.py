@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, fields
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -33,7 +33,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from adapt_pruner.kernels import METRICS, MODES, triton_gather, triton_importance, triton_similarity
+from adapt_pruner.kernels import (
+    METRICS,
+    MODES,
+    triton_activations,
+    triton_gather,
+    triton_importance,
+    triton_launch,
+    triton_linear,
+    triton_similarity,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "resources.csv"
@@ -75,24 +84,17 @@ class Resources:
 
 
 @contextmanager
-def _recorded(module: ModuleType, variant: str, launches: list[Launch]) -> Iterator[None]:
-    """Ops of `module` record their launches instead of running them."""
+def _recorded(variant: str, launches: list[Launch]) -> Iterator[None]:
+    """Ops record their launches instead of running them."""
 
-    class Recorder:
-        def __init__(self, kernel: JITFunction) -> None:
-            self.kernel = kernel
+    def record(kernel: JITFunction, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **options: launches.append(Launch(kernel, variant, arguments, options))
 
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *arguments, **options: launches.append(
-                Launch(self.kernel, variant, arguments, options)
-            )
-
-    original = module.wrap_triton
-    module.wrap_triton = Recorder  # type: ignore[attr-defined]
-    try:
+    with (
+        patch.object(JITFunction, "__getitem__", record),
+        patch.object(triton_launch, "wrap_triton", lambda kernel: kernel),
+    ):
         yield
-    finally:
-        module.wrap_triton = original  # type: ignore[attr-defined]
 
 
 def _matrix(rows: int, cols: int, dtype: torch.dtype, layout: str) -> Tensor:
@@ -115,8 +117,6 @@ def importance_launches() -> list[Launch]:
                     _record_importance(launches, mode, "aligned", dtype, companion)
             for mode in ("magnitude_l1", "first", "mixed"):
                 _record_importance(launches, mode, "odd", dtype, companion)
-    for mode in ("first", "vectorize"):
-        _record_importance(launches, mode, "huge", torch.bfloat16, torch.bfloat16)
     return _distinct(launches)
 
 
@@ -133,23 +133,12 @@ def _record_importance(
             + ([DTYPES[fisher_dtype]] if mode == "mixed" else [])
             + [layout]
         )
-        shapes = [(64, 160), (160, 64)]
-        weights = [_matrix(*shape, dtype, layout) for shape in shapes]
-        grads = [_matrix(*shape, grad_dtype, layout) for shape in shapes]
-        fishers = [_matrix(*shape, fisher_dtype, layout) for shape in shapes]
-        with _recorded(triton_importance, variant, launches):
-            for i, dim in enumerate((0, 1)):
-                size = weights[i].shape[dim]
-                group_size = 16 if size % 16 == 0 else size  # other sizes than 16, 1 and odd compile alike
-                for group in (1, group_size):
-                    triton_importance.unit_importance(
-                        [weights[i], weights[i]],
-                        [grads[i], grads[i]],
-                        [fishers[i], fishers[i]],
-                        [dim, dim],
-                        [group, group],
-                        mode,
-                    )
+        weight = _matrix(64, 64, dtype, layout)
+        grad, fisher = _matrix(64, 64, grad_dtype, layout), _matrix(64, 64, fisher_dtype, layout)
+        members = [[tensor] * 2 for tensor in (weight, grad, fisher)]
+        sizes = [weight.shape[dim] for dim in (0, 1)]  # one unit
+        with _recorded(variant, launches):
+            triton_importance.unit_importance(*members, [0, 1], sizes, mode, [0, 0])
 
 
 def gather_launches() -> list[Launch]:
@@ -167,7 +156,7 @@ def gather_launches() -> list[Launch]:
                     columns = torch.empty(2**31 + 16, 3 * group_size, dtype=word, device="meta")
                 device_keep = keep.to(source.device)
                 variant = f"{8 * word.itemsize}bit_group{group_size}_{layout}"
-                with _recorded(triton_gather, variant, launches):
+                with _recorded(variant, launches):
                     for dim, tensor in enumerate((source, columns)):
                         group = group_size if tensor.shape[dim] % group_size == 0 else 1
                         triton_gather._gather(
@@ -188,14 +177,51 @@ def similarity_launches() -> list[Launch]:
         for metric in METRICS:
             for layout in ("aligned", "odd", "huge"):
                 hidden = _matrix(64, 160, dtype, layout)
-                with _recorded(triton_similarity, f"{metric}_{name}_{layout}", launches):
+                with _recorded(f"{metric}_{name}_{layout}", launches):
                     triton_similarity.residual_similarity(hidden, hidden, metric)
+    return _distinct(launches)
+
+
+def linear_launches() -> list[Launch]:
+    launches: list[Launch] = []
+    features = {"aligned": (64, 160), "odd": (64, 160), "large": (8192, 4096), "huge": (8192, 4096)}
+    for dtype, name in DTYPES.items():
+        for weight_dtype in dict.fromkeys((dtype, torch.float32)):
+            for layout, (rows, cols) in features.items():
+                x, dy = _matrix(48, cols, dtype, layout), _matrix(48, rows, dtype, layout)
+                device = "meta" if layout == "huge" else "cpu"  # huge in tokens
+                kind = "odd" if layout == "odd" else "aligned"
+                weight = _matrix(dy.shape[1], cols, weight_dtype, kind).to(device)
+                for dim in (0, 1):
+                    variant = f"dim{dim}_{name}_{DTYPES[weight_dtype]}_{layout}"
+                    size = weight.shape[dim]
+                    with _recorded(variant, launches):
+                        for group_size in (1, 16 if size % 16 == 0 else size):
+                            triton_linear.linear_importance(x, dy, weight, dim, group_size)
+    return _distinct(launches)
+
+
+def activation_launches() -> list[Launch]:
+    launches: list[Launch] = []
+    for dtype, name in DTYPES.items():
+        for layout in ("aligned", "odd", "huge"):
+            x = _matrix(64, 160, dtype, layout)
+            mean, m2 = x.new_empty((2, x.shape[1]), dtype=torch.float64).unbind()
+            count = x.new_zeros((), dtype=torch.int64)
+            with _recorded(f"stats_{name}_{layout}", launches):
+                triton_activations.activation_stats(x, mean, m2, count)
     return _distinct(launches)
 
 
 @cache
 def all_launches() -> list[Launch]:
-    return importance_launches() + gather_launches() + similarity_launches()
+    return (
+        importance_launches()
+        + linear_launches()
+        + gather_launches()
+        + similarity_launches()
+        + activation_launches()
+    )
 
 
 def _distinct(launches: list[Launch]) -> list[Launch]:
@@ -233,7 +259,7 @@ def compile_launch(launch: Launch, target_name: str) -> Any:
 def resources_of(launch: Launch, target_name: str) -> Resources:
     compiled = compile_launch(launch, target_name)
     measure = _measure_amd if target_name.startswith("gfx") else _measure_nvidia
-    values = measure(compiled.asm)
+    values = {**measure(compiled.asm), "shared": compiled.metadata.shared}  # set at launch, not in the code
     return Resources("triton", launch.kernel.__name__, launch.variant, target_name, **values)
 
 
@@ -248,13 +274,12 @@ def _measure_nvidia(asm: dict[str, Any]) -> dict[str, int]:
         file.flush()
         command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report)
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
     assert usage is not None, report
-    registers, stack, shared, local = (int(value) for value in usage.groups())
+    registers, stack, local = (int(value) for value in usage.groups())
     loads = re.findall(r"\bld\.global(?:\.L\w+)*(?:\.v(\d))?\.\w(\d+)", asm["ptx"])
     return {
         "registers": registers,
-        "shared": shared,
         "stack": stack + local,
         "load_bits": max((int(count or 1) * int(bits) for count, bits in loads), default=0),
     }
@@ -269,7 +294,6 @@ def _measure_amd(asm: dict[str, Any]) -> dict[str, int]:
     words = re.findall(r"(?:global|buffer)_load_dword(?:x(\d))?\b", asm["amdgcn"])
     return {
         "registers": value("vgpr_count"),
-        "shared": value("group_segment_fixed_size"),
         "stack": value("private_segment_fixed_size")
         + 4 * (value("vgpr_spill_count") + value("sgpr_spill_count")),
         "load_bits": max((32 * int(count or 1) for count in words), default=0),

@@ -87,15 +87,22 @@ def choose_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def require_triton(op: str) -> None:
-    """For an op whose kernel on CUDA devices is the one of Triton.
+def triton_for_cuda(op: str, backend: str, device: torch.device) -> str:
+    """What runs an op on a CUDA device that has no kernel there but the one of Triton.
+
+    Returns:
+        "triton"; with the backend "auto" also "reference", where that cannot be used.
 
     Raises:
-        BackendUnavailable: it cannot be used.
+        BackendUnavailable: it cannot be used, and another backend was named.
     """
-    problem = _triton_problem()
-    if problem is not None:
+    problem = _triton_problem() or _triton_architecture_problem(device)
+    if problem is None:
+        return "triton"
+    if backend != "auto":
         raise BackendUnavailable(f"{op} on CUDA devices needs triton: {problem}")
+    _warn_about_fallback(f"{op} on CUDA devices needs triton: {problem}")
+    return "reference"
 
 
 def _problem_of(backend: str) -> str | None:
@@ -166,7 +173,7 @@ def _triton_problem() -> str | None:
     if not _triton_is_interpreted() and not torch.cuda.is_available():  # true for ROCm as well
         return "no CUDA or ROCm device"
     try:
-        for name in ("importance", "gather", "similarity"):
+        for name in ("importance", "linear", "gather", "similarity", "activations"):
             importlib.import_module(f"adapt_pruner.kernels.triton_{name}")
     except Exception as error:  # absent, or broken in one of the many ways of compilers
         return f"triton cannot be imported: {error}"

@@ -66,6 +66,8 @@ def check_stats(x: Tensor, mean: Tensor, m2: Tensor, count: Tensor) -> None:
                 f"{name}: expected {dtype} of shape {tuple(shape)} on {x.device}, "
                 f"got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
             )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
 
 
 def check_gather(
@@ -104,8 +106,12 @@ def total_units(
     weights: Sequence[Tensor], dims: Sequence[int], group_sizes: Sequence[int], sets: Sequence[int]
 ) -> int:
     """Units of all sets, numbered as in the native op: `sets[i]` is that of member i, one without it."""
-    firsts = [i for i in range(len(weights)) if i == 0 or (sets and sets[i] != sets[i - 1])]
-    return sum(weights[i].shape[dims[i]] // group_sizes[i] for i in firsts)
+    return sum(weights[i].shape[dims[i]] // group_sizes[i] for i in first_members(len(weights), sets))
+
+
+def first_members(members: int, sets: Sequence[int]) -> list[int]:
+    """The first member of each set."""
+    return [i for i in range(members) if i == 0 or (sets and sets[i] != sets[i - 1])]
 
 
 def check_similarity(h_in: Tensor, h_out: Tensor, metric: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adapt_pruner.kernels import reference
-from adapt_pruner.kernels.backends import choose_backend, extension_loaded, require_triton
+from adapt_pruner.kernels.backends import choose_backend, extension_loaded, triton_for_cuda
 from adapt_pruner.kernels.checks import (
     NATIVE_DTYPES,
     check_gather,
@@ -184,11 +184,11 @@ def linear_importance(
     """
     check_linear(x, dy, weight, dim, group_size)
     chosen = _choose_for_dtypes(backend, [x, dy, weight])
+    if chosen == "cuda":
+        chosen = triton_for_cuda("linear_importance", backend, x.device)
     if chosen == "reference":
         scores = reference.linear_importance(x, dy, weight, dim, group_size)
     else:
-        if chosen == "cuda":
-            require_triton("linear_importance")
         op = "linear_importance" if chosen == "cpu" else "triton_linear_importance"
         with nullcontext() if chosen == "cpu" else _device_of(x):
             scores = getattr(torch.ops.adapt_pruner, op)(
@@ -262,15 +262,15 @@ def gather_units(
     if chosen == "reference":
         return reference.gather_units(tensors, dims, group_sizes, keep, out)
     if chosen == "triton":
-        device_keep = keep.to(tensors[0].device).contiguous()
+        on_device = keep.to(tensors[0].device).contiguous()
         with _device_of(tensors[0]):
-            gathered = torch.ops.adapt_pruner.triton_gather_units(
-                list(tensors), list(dims), list(group_sizes), device_keep
+            if out is None:
+                return torch.ops.adapt_pruner.triton_gather_units(
+                    list(tensors), list(dims), list(group_sizes), on_device
+                )
+            torch.ops.adapt_pruner.triton_gather_units_out(
+                list(tensors), list(dims), list(group_sizes), on_device, list(out)
             )
-        if out is None:
-            return gathered
-        for target, value in zip(out, gathered, strict=True):
-            target.copy_(value)
         return list(out)
     arguments = (list(tensors), list(dims), list(group_sizes), keep.cpu())
     if out is None:

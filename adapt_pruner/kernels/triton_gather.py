@@ -8,7 +8,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
+
+from adapt_pruner.kernels.checks import gathered_shapes
+from adapt_pruner.kernels.triton_launch import launch, matrix_of
 
 ROW_TILE = {"ROWS": 4, "COLS": 1024}
 RUN_TILE = {"ROWS": 32, "COLS": 64}
@@ -100,56 +103,62 @@ def gather_units(
     tensors: list[Tensor], dims: list[int], group_sizes: list[int], keep: Tensor
 ) -> list[Tensor]:
     """The op behind `adapt_pruner.kernels.gather_units`; `keep` is on the device of the tensors."""
-    kept = keep.shape[0]
-    outputs = []
-    for tensor, dim, group_size in zip(tensors, dims, group_sizes, strict=True):
-        shape = list(tensor.shape)
-        shape[dim] = kept * group_size
-        output = tensor.new_empty(shape)
+    shapes = gathered_shapes(tensors, dims, group_sizes, keep)
+    out = [tensor.new_empty(shape) for tensor, shape in zip(tensors, shapes, strict=True)]
+    _gather_all(tensors, dims, group_sizes, keep, out)
+    return out
+
+
+@triton_op("adapt_pruner::triton_gather_units_out", mutates_args={"out"})
+def gather_units_out(
+    tensors: list[Tensor], dims: list[int], group_sizes: list[int], keep: Tensor, out: list[Tensor]
+) -> None:
+    """`gather_units` into contiguous buffers."""
+    _gather_all(tensors, dims, group_sizes, keep, out)
+
+
+def _gather_all(
+    tensors: list[Tensor], dims: list[int], group_sizes: list[int], keep: Tensor, out: list[Tensor]
+) -> None:
+    for tensor, dim, group_size, output in zip(tensors, dims, group_sizes, out, strict=True):
         if output.numel() > 0:
             word = WORDS[tensor.element_size()]
             _gather(tensor.view(word), output.view(word), keep, dim, group_size)
-        outputs.append(output)
-    return outputs
 
 
 def _gather(source: Tensor, target: Tensor, keep: Tensor, dim: int, group_size: int) -> None:
-    # a bias is one row of columns
-    rows, cols = (1, target.shape[0]) if target.dim() == 1 else target.shape
-    stride = source.shape[0] if source.dim() == 1 else source.stride(0)
-    wide = max(rows, cols) > LAST_NARROW
-    if source.dim() == 2 and dim == 0:
-        col_blocks = triton.cdiv(cols, ROW_TILE["COLS"])
-        wrap_triton(gather_rows)[(triton.cdiv(rows, ROW_TILE["ROWS"]) * col_blocks,)](
-            source,
-            target,
-            keep,
-            rows,
-            cols,
-            col_blocks,
-            stride,
-            group_size,
-            WIDE=wide,
-            **ROW_TILE,
-            num_warps=WARPS,
-        )
-    elif group_size >= SHORTEST_RUN:
+    rows, cols, _ = matrix_of(target)
+    stride = matrix_of(source)[2]
+    by_rows = source.dim() == 2 and dim == 0
+    if group_size >= SHORTEST_RUN and not by_rows:
         kept = keep.shape[0]
-        wrap_triton(gather_runs)[(triton.cdiv(rows, RUN_TILE["ROWS"]) * kept,)](
-            source, target, keep, kept, rows, stride, group_size, **RUN_TILE, num_warps=RUN_WARPS
-        )
-    else:
-        col_blocks = triton.cdiv(cols, COLUMN_TILE["COLS"])
-        wrap_triton(gather_columns)[(triton.cdiv(rows, COLUMN_TILE["ROWS"]) * col_blocks,)](
+        launch(
+            gather_runs,
+            triton.cdiv(rows, RUN_TILE["ROWS"]) * kept,
             source,
             target,
             keep,
-            cols,
+            kept,
             rows,
-            col_blocks,
             stride,
             group_size,
-            WIDE=wide,
-            **COLUMN_TILE,
-            num_warps=WARPS,
+            **RUN_TILE,
+            num_warps=RUN_WARPS,
         )
+        return
+    tile = ROW_TILE if by_rows else COLUMN_TILE
+    col_blocks = triton.cdiv(cols, tile["COLS"])
+    launch(
+        gather_rows if by_rows else gather_columns,
+        triton.cdiv(rows, tile["ROWS"]) * col_blocks,
+        source,
+        target,
+        keep,
+        *((rows, cols) if by_rows else (cols, rows)),
+        col_blocks,
+        stride,
+        group_size,
+        WIDE=max(rows, cols) > LAST_NARROW,
+        **tile,
+        num_warps=WARPS,
+    )

@@ -8,9 +8,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from adapt_pruner.kernels.reference import COSINE_EPS
+from adapt_pruner.kernels.triton_launch import launch
 
 TOKEN_TILE = {"TOKENS": 4, "COLS": 1024}
 MEAN_TILE = {"TOKENS": 2048}
@@ -79,7 +80,9 @@ def residual_similarity(h_in: Tensor, h_out: Tensor, metric: str) -> Tensor:
     tokens, hidden = h_in.shape
     values = h_in.new_empty(tokens, dtype=torch.float32)
     mean = h_in.new_empty((), dtype=torch.float32)
-    wrap_triton(token_values)[(triton.cdiv(tokens, TOKEN_TILE["TOKENS"]),)](
+    launch(
+        token_values,
+        triton.cdiv(tokens, TOKEN_TILE["TOKENS"]),
         h_in,
         h_out,
         values,
@@ -92,5 +95,5 @@ def residual_similarity(h_in: Tensor, h_out: Tensor, metric: str) -> Tensor:
         **TOKEN_TILE,
         num_warps=WARPS,
     )
-    wrap_triton(mean_of_tokens)[(1,)](values, mean, tokens, **MEAN_TILE, num_warps=WARPS)
+    launch(mean_of_tokens, 1, values, mean, tokens, **MEAN_TILE, num_warps=WARPS)
     return mean

@@ -14,6 +14,8 @@ from adapt_pruner.kernels import (
     backend_status,
     backends,
     build_info,
+    linear_importance,
+    ops,
     unit_importance,
 )
 
@@ -112,6 +114,37 @@ def test_broken_triton_is_a_reason_not_an_exception(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(importlib, "import_module", fail)
     assert backends._triton_problem() == "triton cannot be imported: No module named 'triton'"
+
+
+def test_an_op_of_triton_alone_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(backends, "_warned_about_fallback", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "_triton_problem", lambda: None)
+    assert backends.triton_for_cuda("some_op", "cuda", device) == "triton"
+    monkeypatch.setattr(backends, "_triton_problem", lambda: "triton cannot be imported: none")
+    with pytest.raises(
+        BackendUnavailable, match="some_op on CUDA devices needs triton: triton cannot be imp"
+    ):
+        backends.triton_for_cuda("some_op", "cuda", device)
+    with pytest.warns(RuntimeWarning, match="slow reference ops: some_op on CUDA devices needs triton"):
+        assert backends.triton_for_cuda("some_op", "auto", device) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.triton_for_cuda("some_op", "auto", device) == "reference"
+
+
+def test_linear_importance_falls_back_only_from_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CUDA device where triton is missing: the choice of "cuda" is what such a device would give."""
+    monkeypatch.setattr(ops, "choose_backend", lambda backend, device: {"auto": "cuda"}.get(backend, backend))
+    monkeypatch.setattr(backends, "_triton_problem", lambda: "triton cannot be imported: none")
+    monkeypatch.setattr(backends, "_warned_about_fallback", False)
+    x, dy = torch.randn(5, 6), torch.randn(5, 4)
+    with pytest.warns(RuntimeWarning, match="linear_importance on CUDA devices needs triton"):
+        scores = linear_importance(x, dy, W, 0)
+    assert torch.equal(scores, linear_importance(x, dy, W, 0, backend="reference"))
+    with pytest.raises(BackendUnavailable, match="linear_importance on CUDA devices needs triton"):
+        linear_importance(x, dy, W, 0, backend="cuda")
 
 
 @pytest.mark.parametrize(

@@ -10,31 +10,48 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 
-from adapt_pruner.kernels import backends, gather_units, residual_similarity, unit_importance
+from adapt_pruner.kernels import (
+    activation_stats,
+    backends,
+    gather_units,
+    linear_importance,
+    residual_similarity,
+    unit_importance,
+)
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
 resources = importlib.import_module("resources")
-OTHERS = ("bf16_bf16_aligned", "fp32_fp32_fp32_aligned", "cosine_bf16_aligned", "8bit_group1_aligned")
+SAMPLES = (
+    "bf16_bf16_aligned",
+    "fp32_fp32_fp32_aligned",
+    "cosine_bf16_aligned",
+    "8bit_group1_aligned",
+    "dim0_bf16_bf16_odd",
+    "dim1_bf16_bf16_large",
+    "dim0_bf16_fp32_large",
+    "dim1_fp32_fp32_large",
+    "stats_bf16_aligned",
+)
+SHARED_LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
 def launches(target: str) -> list:
-    """Every kernel, mode and metric for sm_90 (of one dtype); a selection for the others.
+    """A sample of every kernel; for sm_90 also of every mode and metric.
 
     All of them for all targets are in the table, see below: compiling those takes minutes.
     """
     kernels: dict[tuple[str, str], object] = {}
     for launch in resources.all_launches():
         name, variant = launch.kernel.__name__, launch.variant
-        kind = variant.split("_")[0] if target == "sm_90" else ""
-        if (
-            name not in {kernel for kernel, _ in kernels}
-            or (target == "sm_90" and "aligned" in variant)
-            or variant.endswith(OTHERS)
-        ):
-            kernels.setdefault((name, kind if target == "sm_90" else variant), launch)
+        if variant.endswith(SAMPLES):
+            kernels[name, variant] = launch
+        elif target == "sm_90" and "aligned" in variant:
+            kernels.setdefault((name, variant.split("_")[0]), launch)
+        elif name not in {kernel for kernel, _ in kernels}:
+            kernels[name, variant] = launch
     return list(kernels.values())
 
 
@@ -45,22 +62,29 @@ def test_compiles_without_spills(target: str) -> None:
         "row_scores",
         "column_partial_sums",
         "column_scores",
-        "add_unit_scores",
+        "unit_scores",
+        "tile_sums",
+        "sum_tiles",
+        "sum_indices",
         "gather_rows",
         "gather_runs",
         "gather_columns",
         "token_values",
         "mean_of_tokens",
+        "block_stats",
+        "merge_blocks",
     }
     assert [m for m in measured if m.stack > 0] == []
-    vectors = [m for m in measured if m.kernel in ("row_scores", "column_partial_sums", "token_values")]
+    assert [m for m in measured if m.shared > SHARED_LIMITS[target]] == []
+    streaming = ("row_scores", "column_partial_sums", "token_values", "tile_sums", "block_stats")
+    vectors = [m for m in measured if m.kernel in streaming and not m.variant.endswith("odd")]
     if target != "gfx942":  # 64 lanes leave less than 16 bytes of half precision to each
-        assert [m for m in vectors if m.variant.endswith("aligned") and m.load_bits < 128] == []
+        assert [m for m in vectors if m.load_bits < 128] == []
 
 
 def test_a_kernel_that_spills_is_noticed() -> None:
-    launch = next(x for x in resources.all_launches() if x.variant == "mixed_fp32_fp32_fp32_aligned")
-    options = {**launch.options, "num_warps": 1}
+    launch = next(x for x in resources.all_launches() if x.variant == "dim0_bf16_bf16_large")
+    options = {**launch.options, "num_warps": 4}
     starved = resources.Launch(launch.kernel, launch.variant, launch.arguments, options)
     assert resources.resources_of(starved, "sm_90").stack > 0
 
@@ -75,6 +99,7 @@ def test_table_of_resources_is_complete_and_without_spills() -> None:
     }
     assert {(row["kernel"], row["variant"], row["target"]) for row in rows} == expected
     assert [row for row in rows if row["stack"] != "0"] == []
+    assert [row for row in rows if int(row["shared"]) > SHARED_LIMITS[row["target"]]] == []
 
 
 def test_compiles_into_one_graph_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,17 +114,24 @@ def test_compiles_into_one_graph_of_kernels(monkeypatch: pytest.MonkeyPatch) -> 
         graphs.append(module.graph)
         raise Captured
 
-    def score_and_gather(weight: Tensor, grad: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def every_op(weight: Tensor, grad: Tensor, keep: Tensor, buffer: Tensor, stats: list[Tensor]) -> list:
         scores = unit_importance([weight], [grad], [1], [2], backend="triton") * 2
+        fused = linear_importance(weight, weight[:, :4], weight[:4], 1, 2, backend="triton")
         (kept,) = gather_units([weight], [1], [2], keep, backend="triton")
-        return scores, kept + 1, residual_similarity(weight, grad, backend="triton")
+        gather_units([weight], [1], [2], keep, out=[buffer], backend="triton")
+        activation_stats(weight, *stats, backend="triton")
+        return [scores, fused, kept + buffer, residual_similarity(weight, grad, backend="triton")]
 
     monkeypatch.setattr(backends, "_triton_is_interpreted", lambda: True)  # lets CPU tensors through
-    arguments = (torch.randn(5, 12), torch.randn(5, 12), torch.tensor([1, 2, 5]))
+    stats = [*torch.zeros(2, 12, dtype=torch.float64).unbind(), torch.zeros((), dtype=torch.int64)]
+    tensors = (torch.randn(5, 12), torch.randn(5, 12), torch.tensor([1, 2, 5]), torch.zeros(5, 6))
     compiler = aot_autograd(fw_compiler=capture, inference_compiler=capture)
     with pytest.raises((BackendCompilerFailed, Captured), match=r"Captured|capture"):
-        torch.compile(score_and_gather, backend=compiler, fullgraph=True)(*arguments)
+        torch.compile(every_op, backend=compiler, fullgraph=True)(*tensors, stats)
     (graph,) = graphs
     launched = [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
-    assert len(launched) == 3 + 1 + 2  # column sums, column scores, unit scores; columns; tokens, their mean
-    assert not [node for node in graph.nodes if "adapt_pruner" in str(node.target)]
+    # tiles, their sums, units; columns, twice; blocks of rows, their merge; tokens, their mean
+    assert len(launched) == 3 + 2 + 2 + 2
+    # its kernels take addresses, which cannot be traced
+    opaque = [str(node.target) for node in graph.nodes if "adapt_pruner" in str(node.target)]
+    assert opaque == ["adapt_pruner.triton_unit_importance.default"]
