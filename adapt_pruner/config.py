@@ -28,6 +28,10 @@ class PruneConfig:
         num_sequences: calibration sequences drawn anew for each iteration.
         sequence_length: tokens of each sequence.
         micro_batch_size: sequences per forward and backward pass.
+        gradients: "materialised" keeps the gradient of every prunable weight until the batch is through;
+            "fused" scores a weight within the backward pass, so that its gradient never exists, and needs
+            num_sequences in one micro-batch; "auto" is fused where that is so. Both give the same scores up
+            to rounding.
         pack: join calibration documents instead of drawing from long enough ones.
         seed: of the calibration draws.
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -49,6 +53,7 @@ class PruneConfig:
     num_sequences: int = 512
     sequence_length: int = 64
     micro_batch_size: int = 16
+    gradients: Literal["auto", "fused", "materialised"] = "auto"
     pack: bool = False
     seed: int = 0
     device: str = "auto"
@@ -64,6 +69,11 @@ class PruneConfig:
         _require("seed", self.seed, "at least 0", self.seed >= 0)
         _require("amplitude", self.amplitude, "finite, at least 0", 0 <= self.amplitude < math.inf)
         _require_choices(self)
+        if self.gradients == "fused":
+            expected = f"at least {self.num_sequences} (num_sequences), or gradients other than 'fused'"
+            _require(
+                "micro_batch_size", self.micro_batch_size, expected, self.micro_batch_size >= self.num_sequences
+            )
 
 
 def parse_target(target: float | str) -> float | int:

@@ -245,6 +245,7 @@ def _iterate(
         _draw(config, tokens, iteration),
         micro_batch_size=config.micro_batch_size,
         metric=config.layer_metric,
+        gradients=config.gradients,
     )
     clock.append(time.perf_counter())
     layer_importance = normalize_importance(scores.layer_importance, config.normalize)
@@ -288,7 +289,7 @@ def _iterate(
 def _plan_settings(config: PruneConfig) -> dict[str, Any]:
     """What decided the plan; where it was written and on what it ran is not part of it."""
     settings = dataclasses.asdict(config)
-    for key in ("output", "resume", "device", "backend"):
+    for key in ("output", "resume", "device", "backend", "gradients"):
         del settings[key]
     return {"method": "adapt-pruner", **settings}
 

@@ -76,16 +76,19 @@ class RunDirectory:
             raise ValueError(f"{self.path} is not a run directory: it has no config.yaml to resume from")
         if occupied:
             settings = yaml.safe_load(saved.read_text(encoding="utf-8"))
-            self._require_same_settings(settings, dataclasses.asdict(config))
+            self._require_same_settings(settings, config)
 
-    def _require_same_settings(self, saved: Any, settings: dict[str, Any]) -> None:
+    def _require_same_settings(self, saved: Any, config: Any) -> None:
         if not isinstance(saved, dict):
             raise ValueError(f"{self.path / 'config.yaml'} is damaged")
-        for key, value in settings.items():
-            if key not in _FREE_TO_CHANGE and saved.get(key) != value:
+        for field in dataclasses.fields(config):
+            key, value = field.name, getattr(config, field.name)
+            # A setting that the run does not know is younger than the run, which had its default.
+            default = None if field.default is dataclasses.MISSING else field.default
+            before = saved.get(key, default)
+            if key not in _FREE_TO_CHANGE and before != value:
                 raise ValueError(
-                    f"cannot resume {self.path}: {key} is {value!r}, "
-                    f"the run was started with {saved.get(key)!r}"
+                    f"cannot resume {self.path}: {key} is {value!r}, the run was started with {before!r}"
                 )
 
     def _acquire(self) -> None:

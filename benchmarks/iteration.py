@@ -1,6 +1,6 @@
 """What one pruning iteration costs beside a bare forward and backward pass of the same batch.
 
-    python benchmarks/iteration.py [--model smollm2-135m] [--num-sequences 16] [--rounds 5]
+    python benchmarks/iteration.py [--model smollm2-135m] [--num-sequences 16] [--gradients fused]
 
 Time: both take turns in one process and the median of the paired ratios is reported. The bare pass computes
 gradients of the same weights only. Both start from the dense model each time, so the sizes are equal.
@@ -48,6 +48,7 @@ class Workload:
             "unused",
             num_sequences=options.num_sequences,
             micro_batch_size=options.micro_batch_size,
+            gradients=options.gradients,
             device="cpu",
         )
         checkpoint = open_checkpoint(resolve_model(options.model))
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--num-sequences", type=int, default=16)
     parser.add_argument("--micro-batch-size", type=int, default=16)
+    parser.add_argument("--gradients", default="auto", choices=("auto", "fused", "materialised"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-of", choices=("bare", "iteration"), help=argparse.SUPPRESS)
     options = parser.parse_args()

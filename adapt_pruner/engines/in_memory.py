@@ -15,6 +15,7 @@ from adapt_pruner.families import find_family, layer_widths, unit_costs, unit_co
 from adapt_pruner.kernels.backends import choose_backend
 from adapt_pruner.plan import Indices
 from adapt_pruner.scoring import Scores, score
+from adapt_pruner.scoring.gradients import Gradients
 from adapt_pruner.scoring.layers import Metric
 from adapt_pruner.surgery import prune_layer
 
@@ -111,7 +112,14 @@ class InMemoryEngine:
         costs = unit_costs(self.family, self.widths, shapes)
         return UnitBudget(initial, unit_counts(self.family, self.widths), costs, self.num_parameters)
 
-    def score(self, batch: Tensor, *, micro_batch_size: int, metric: Metric = "cosine") -> Scores:
+    def score(
+        self,
+        batch: Tensor,
+        *,
+        micro_batch_size: int,
+        metric: Metric = "cosine",
+        gradients: Gradients = "auto",
+    ) -> Scores:
         """Unit and layer importance from one forward and backward pass; `batch` is [sequences, length]."""
         return score(
             self.model,
@@ -120,6 +128,7 @@ class InMemoryEngine:
             batch.to(self.model.device),
             micro_batch_size=micro_batch_size,
             metric=metric,
+            gradients=gradients,
             backend=self._backend,
         )
 

@@ -53,8 +53,20 @@ class LayerImportance:
         return record
 
     def result(self) -> Floats:
-        """[layers], float64, not normalised; one host synchronisation."""
+        """[layers], float64, not normalised; one host synchronisation.
+
+        Raises:
+            NonFiniteError: the residual stream in front of a layer or behind it holds NaN or infinity, or
+                values too large for fp32 sums.
+        """
         means = torch.stack([torch.stack(values) for values in self._sums]).double().cpu().numpy()
+        wrong = np.argwhere(~np.isfinite(means))
+        if len(wrong) > 0:
+            layer, part = wrong[0]
+            raise kernels.NonFiniteError(
+                f"layer {layer}: the {self._metric} between its input and output is {means[layer, part]}: "
+                "expected finite activations whose sums do not overflow float32"
+            )
         weights = np.asarray(self._tokens, dtype=np.float64)
         mean = means @ (weights / weights.sum())
         return -mean if self._metric == "cosine" else mean

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adapt_pruner import kernels
 from adapt_pruner.allocation import Floats
-from adapt_pruner.families import Family, LayerWidths, UnitTensor
+from adapt_pruner.families import Family, LayerWidths
+from adapt_pruner.scoring.gradients import (
+    Gradients,
+    fused_importance,
+    fused_problem,
+    materialised_importance,
+)
 from adapt_pruner.scoring.layers import LayerImportance, Metric
 
 
@@ -38,35 +44,42 @@ def score(
     *,
     micro_batch_size: int,
     metric: Metric = "cosine",
+    gradients: Gradients = "auto",
     backend: str = "auto",
 ) -> Scores:
     """Importance of every unit and layer from the gradient of the mean loss over the whole batch.
 
     The result does not depend on the micro-batch size beyond rounding: gradients are summed over all
-    micro-batches before the absolute value is taken, in fp32. Only prunable weights get a gradient.
+    micro-batches before the absolute value is taken, in fp32. Only prunable weights get a gradient, and with
+    fused gradients only prunable biases.
 
     Args:
         batch: [sequences, length] int64 token ids on the model's device; every position but the first of
             each sequence is a label.
         micro_batch_size: sequences per forward and backward pass.
+        gradients: whether gradients of weights exist; see `PruneConfig`.
     Raises:
-        ValueError: the loss or a score is not finite.
+        NonFiniteError: a weight, an activation or a gradient holds NaN or infinity.
+        ValueError: the loss is not finite, or the gradients cannot be fused.
     Source: arXiv 2502.03460 section 3.2; algorithm.md sections 2 and 3.
     """
     parameters = dict(model.named_parameters())
-    units = [
-        {kind.name: family.unit_tensors(kind, i, w, parameters) for kind in family.unit_kinds}
-        for i, w in enumerate(widths)
-    ]
-    prunable = {t.name: parameters[t.name] for layer in units for tensors in layer.values() for t in tensors}
+    kinds = [kind.name for kind in family.unit_kinds]
+    sets = [family.unit_tensors(kind, i, w, parameters) for i, w in enumerate(widths) for kind in family.unit_kinds]
+    problem = fused_problem(model, sets, batch.shape[0], micro_batch_size)
+    if gradients == "fused" and problem is not None:
+        raise ValueError(f"gradients is 'fused': {problem}")
+    fused = gradients == "fused" or (gradients == "auto" and problem is None)
     layers = model.get_submodule(family.layers_module)
     assert isinstance(layers, nn.ModuleList)
     num_labels = batch.shape[0] * (batch.shape[1] - 1)
-    loss = torch.zeros((), dtype=torch.float64)
     one_pass = batch.shape[0] <= micro_batch_size
+    loss = torch.zeros((), dtype=torch.float64)
     with (
         _evaluating(model),
-        _fp32_gradients(parameters, prunable, one_pass) as gradients,
+        fused_importance(model, parameters, sets, backend=backend)
+        if fused
+        else materialised_importance(parameters, sets, one_pass=one_pass, backend=backend) as unit_importance,
         LayerImportance(layers, metric, backend) as layer_importance,
     ):
         for sequences in batch.split(micro_batch_size):
@@ -75,34 +88,26 @@ def score(
             part = model(
                 input_ids=sequences, labels=sequences, num_items_in_batch=num_labels, use_cache=False
             ).loss
-            part.backward()
             loss += part.detach().double().cpu()
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"the calibration loss is {loss.item()}: weights or activations overflow in {model.dtype}"
-            )
-        unit_importance = tuple(
-            {kind: _importance(tensors, parameters, gradients, backend) for kind, tensors in layer.items()}
-            for layer in units
-        )
-    return Scores(loss.item(), layer_importance.result(), unit_importance)
-
-
-def _importance(
-    tensors: tuple[UnitTensor, ...],
-    parameters: dict[str, nn.Parameter],
-    gradients: dict[str, Tensor],
-    backend: str,
-) -> Floats:
-    scores = kernels.unit_importance(
-        [parameters[t.name].detach() for t in tensors],
-        [gradients.pop(t.name) for t in tensors],
-        [t.dim for t in tensors],
-        [t.group_size for t in tensors],
-        backend=backend,
+            if not torch.isfinite(loss):
+                layer_importance.result()  # names the layer, if it is one
+                raise ValueError(
+                    f"the calibration loss is {loss.item()}: weights or activations overflow in {model.dtype}"
+                )
+            part.backward()
+        layer_scores = layer_importance.result()
+        unit_scores = _to_host(unit_importance())
+    per_layer = [unit_scores[i : i + len(kinds)] for i in range(0, len(unit_scores), len(kinds))]
+    return Scores(
+        loss.item(), layer_scores, tuple(dict(zip(kinds, scores, strict=True)) for scores in per_layer)
     )
-    result: Floats = scores.double().cpu().numpy()
-    return result
+
+
+def _to_host(scores: Sequence[Tensor]) -> list[Floats]:
+    """Float64 copies, by one transfer."""
+    ends = np.cumsum([len(values) for values in scores])
+    together: Floats = torch.cat(list(scores)).double().cpu().numpy()
+    return np.split(together, ends[:-1])
 
 
 @contextlib.contextmanager
@@ -114,40 +119,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-@contextlib.contextmanager
-def _fp32_gradients(
-    parameters: dict[str, nn.Parameter], prunable: dict[str, nn.Parameter], one_pass: bool
-) -> Iterator[dict[str, Tensor]]:
-    """Gradients of the prunable weights alone, by name, summed over backward passes in fp32.
-
-    Embeddings, head and norms need none, which saves a fifth of the arithmetic on a small model with a
-    large vocabulary. A lower-precision model whose batch goes through in one pass keeps its own dtype:
-    nothing is summed then.
-    """
-    gradients: dict[str, Tensor] = {}
-    required = {name: p.requires_grad for name, p in parameters.items()}
-
-    def collect(name: str) -> object:
-        def hook(parameter: Tensor) -> None:
-            grad = parameter.grad
-            assert grad is not None
-            parameter.grad = None
-            if name in gradients:
-                gradients[name].add_(grad)
-            else:
-                gradients[name] = grad if one_pass else grad.float()
-
-        return hook
-
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in prunable)
-    handles = [p.register_post_accumulate_grad_hook(collect(name)) for name, p in prunable.items()]
-    try:
-        yield gradients
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(required[name])
