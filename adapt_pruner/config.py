@@ -28,10 +28,11 @@ class PruneConfig:
         num_sequences: calibration sequences drawn anew for each iteration.
         sequence_length: tokens of each sequence.
         micro_batch_size: sequences per forward and backward pass.
-        gradients: "materialised" keeps the gradient of every prunable weight until the batch is through;
-            "fused" scores a weight within the backward pass, so that its gradient never exists, and needs
-            num_sequences in one micro-batch; "auto" is fused where that is so. Both give the same scores up
-            to rounding.
+        gradients: "materialised" keeps the gradients of all prunable weights until the batch is through;
+            "fused" scores each weight within the backward pass, so that its gradient never exists, and needs
+            all num_sequences in one micro-batch; "auto" is fused where that holds and the device is CUDA with
+            Triton, and materialised on the CPU, where fused saves memory but takes longer. Both give the same
+            scores up to rounding.
         pack: join calibration documents instead of drawing from long enough ones.
         seed: of the calibration draws.
         device: "auto", "cpu", "cuda" or "cuda:N".

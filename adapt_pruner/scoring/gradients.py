@@ -21,7 +21,27 @@ UnitTensors = tuple[UnitTensor, ...]  # the members of one unit kind in one laye
 Importance = Callable[[], list[Tensor]]  # for each unit kind of each layer, [units]
 
 
-def fused_problem(
+def uses_fused(
+    gradients: Gradients, model: nn.Module, sets: Sequence[UnitTensors], batch: Tensor, micro_batch_size: int
+) -> bool:
+    """Whether a batch is scored without gradients of weights.
+
+    "auto" says so on a CUDA device with Triton alone. On the CPU it costs time: the matrix products of the
+    BLAS library are a little slower tile by tile, and a gradient is only read once more where it exists.
+
+    Raises:
+        ValueError: `gradients` is "fused", and this model or batch cannot be.
+    """
+    if gradients == "materialised":
+        return False
+    problem = _fused_problem(model, sets, batch.shape[0], micro_batch_size)
+    if gradients == "fused" and problem is not None:
+        raise ValueError(f"gradients is 'fused': {problem}")
+    pays = batch.device.type == "cuda" and kernels.backend_status()["triton"] is None
+    return gradients == "fused" or (pays and problem is None)
+
+
+def _fused_problem(
     model: nn.Module, sets: Sequence[UnitTensors], sequences: int, micro_batch_size: int
 ) -> str | None:
     """Why the gradients of this model and batch have to be materialised, or None."""
@@ -52,9 +72,9 @@ def materialised_importance(
     with _gradients_of(parameters, names, one_pass=one_pass) as gradients:
 
         def importance() -> list[Tensor]:
-            return kernels.unit_importances(
-                [_unit_set(members, parameters, gradients) for members in sets], backend=backend
-            )
+            # From the last layer on, as the backward pass went: the first NaN is reported, not what came of it.
+            backward = [_unit_set(members, parameters, gradients) for members in reversed(sets)]
+            return kernels.unit_importances(backward, backend=backend)[::-1]
 
         yield importance
 
@@ -73,7 +93,8 @@ def fused_importance(
 
     def hook(tensor: UnitTensor) -> Any:
         def keep_input(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-            assert tensor.name not in inputs, f"{tensor.name} is used twice in a pass"
+            if tensor.name in inputs:  # its gradient is the sum of both
+                raise ValueError(f"gradients is 'fused': {tensor.name} is used twice in a pass")
             inputs[tensor.name] = args[0].detach()
             if not output.requires_grad:  # nothing in front of the first of these layers has a gradient
                 output.requires_grad_()

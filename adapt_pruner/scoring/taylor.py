@@ -15,8 +15,8 @@ from adapt_pruner.families import Family, LayerWidths
 from adapt_pruner.scoring.gradients import (
     Gradients,
     fused_importance,
-    fused_problem,
     materialised_importance,
+    uses_fused,
 )
 from adapt_pruner.scoring.layers import LayerImportance, Metric
 
@@ -65,21 +65,23 @@ def score(
     """
     parameters = dict(model.named_parameters())
     kinds = [kind.name for kind in family.unit_kinds]
-    sets = [family.unit_tensors(kind, i, w, parameters) for i, w in enumerate(widths) for kind in family.unit_kinds]
-    problem = fused_problem(model, sets, batch.shape[0], micro_batch_size)
-    if gradients == "fused" and problem is not None:
-        raise ValueError(f"gradients is 'fused': {problem}")
-    fused = gradients == "fused" or (gradients == "auto" and problem is None)
+    sets = [
+        family.unit_tensors(kind, layer, layer_widths, parameters)
+        for layer, layer_widths in enumerate(widths)
+        for kind in family.unit_kinds
+    ]
+    one_pass = batch.shape[0] <= micro_batch_size
+    if uses_fused(gradients, model, sets, batch, micro_batch_size):
+        scoring = fused_importance(model, parameters, sets, backend=backend)
+    else:
+        scoring = materialised_importance(parameters, sets, one_pass=one_pass, backend=backend)
     layers = model.get_submodule(family.layers_module)
     assert isinstance(layers, nn.ModuleList)
     num_labels = batch.shape[0] * (batch.shape[1] - 1)
-    one_pass = batch.shape[0] <= micro_batch_size
     loss = torch.zeros((), dtype=torch.float64)
     with (
         _evaluating(model),
-        fused_importance(model, parameters, sets, backend=backend)
-        if fused
-        else materialised_importance(parameters, sets, one_pass=one_pass, backend=backend) as unit_importance,
+        scoring as unit_importance,
         LayerImportance(layers, metric, backend) as layer_importance,
     ):
         for sequences in batch.split(micro_batch_size):

@@ -97,13 +97,13 @@ def test_micro_batches_do_not_change_the_result():
 
 def test_bf16_gradients_of_micro_batches_add_up_in_fp32(monkeypatch):
     seen = []
-    original = kernels.unit_importance
+    original = kernels.unit_importances
 
-    def spy(weights, grads, *rest, **more):
-        seen.append({g.dtype for g in grads})
-        return original(weights, grads, *rest, **more)
+    def spy(sets, **more):
+        seen.append({g.dtype for s in sets for g in s.grads})
+        return original(sets, **more)
 
-    monkeypatch.setattr(kernels, "unit_importance", spy)
+    monkeypatch.setattr(kernels, "unit_importances", spy)
     model = make_model("llama", dtype=torch.bfloat16)
     accumulated = score_model(model, micro_batch_size=1)
     assert set().union(*seen) == {torch.float32}
@@ -159,3 +159,160 @@ def test_a_loss_that_is_not_finite_is_an_error():
         model.model.norm.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match="calibration loss is nan"):
         score_model(model, micro_batch_size=6)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_fused_and_materialised_gradients_give_the_same_scores(family):
+    model = make_model(family)
+    fused, again, materialised = (
+        score_model(model, micro_batch_size=6, gradients=gradients)
+        for gradients in ("fused", "fused", "materialised")
+    )
+    assert fused.loss == materialised.loss
+    np.testing.assert_array_equal(fused.layer_importance, materialised.layer_importance)
+    for a, same, b in zip(
+        fused.unit_importance, again.unit_importance, materialised.unit_importance, strict=True
+    ):
+        assert a.keys() == b.keys() == {"kv_group", "channel"}
+        for kind in a:
+            np.testing.assert_array_equal(a[kind], same[kind])
+            np.testing.assert_allclose(a[kind], b[kind], rtol=1e-5)
+
+
+def test_fused_gradients_never_exist_and_the_model_is_left_as_it_was():
+    model = make_model("llama").train()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    touched = set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p, name=name: touched.add(name))
+    score_model(model, micro_batch_size=6, gradients="fused")
+    prunable_biases = {
+        f"model.layers.{i}.{name}.bias"
+        for i in range(SHAPE["num_hidden_layers"])
+        for name in (
+            "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj",
+        )
+    }  # fmt: skip
+    assert touched == prunable_biases
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_fused_gradients_need_the_whole_batch_in_one_pass():
+    with pytest.raises(ValueError, match=r"micro_batch_size of at least 6 \(num_sequences\), got 5"):
+        score_model(make_model("llama"), micro_batch_size=5, gradients="fused")
+
+
+class Transposed(torch.nn.Module):
+    """A linear layer of other making, as GPT-2 has it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = torch.nn.Parameter(linear.weight.detach())
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+def test_fused_gradients_need_linear_layers():
+    model = make_model("mistral")
+    materialised = score_model(model, micro_batch_size=6)
+    model.model.layers[1].mlp.up_proj = Transposed(model.model.layers[1].mlp.up_proj)
+    named = r"model\.layers\.1\.mlp\.up_proj\.weight is the weight of a Transposed"
+    with pytest.raises(ValueError, match=named):
+        score_model(model, micro_batch_size=6, gradients="fused")
+    auto = score_model(model, micro_batch_size=6)
+    for a, b in zip(auto.unit_importance, materialised.unit_importance, strict=True):
+        np.testing.assert_allclose(a["channel"], b["channel"], rtol=1e-5)
+
+
+def test_a_layer_that_runs_twice_cannot_be_fused():
+    model = make_model("llama")
+    mlp = model.model.layers[2].mlp
+    once = mlp.forward
+    mlp.forward = lambda x: once(x) + once(2 * x)
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.gate_proj\.weight is used twice in a pass"):
+        score_model(model, micro_batch_size=6, gradients="fused")
+
+
+@pytest.mark.parametrize("gradients", ["fused", "materialised"])
+def test_automatic_gradients_are_materialised_on_the_cpu(gradients, monkeypatch):
+    calls = []
+    original = kernels.linear_importance
+    monkeypatch.setattr(
+        kernels, "linear_importance", lambda *a, **k: calls.append(k["name"]) or original(*a, **k)
+    )
+    score_model(make_model("mistral"), micro_batch_size=6)
+    assert calls == []
+    score_model(make_model("mistral"), micro_batch_size=6, gradients=gradients)
+    assert len(calls) == (7 * SHAPE["num_hidden_layers"] if gradients == "fused" else 0)
+
+
+@pytest.mark.parametrize("value", ["nan", "-inf"])
+def test_a_gradient_of_a_weight_that_is_not_finite_is_named(value):
+    model = make_model("llama")
+    weight = model.model.layers[3].mlp.down_proj.weight
+
+    def spoil(grad):
+        grad = grad.clone()
+        grad[3, 4] = float(value)
+        return grad
+
+    weight.register_hook(spoil)
+    with pytest.raises(kernels.NonFiniteError) as error:
+        score_model(model, micro_batch_size=2)
+    assert str(error.value) == (
+        f"gradient of model.layers.3.mlp.down_proj.weight[3, 4] is {value}: "
+        "expected finite values, got 1 of 4224 NaN or infinite"
+    )
+
+
+@pytest.mark.parametrize(
+    ("gradients", "named"),
+    [
+        ("fused", r"output gradient of model\.layers\.2\.mlp\.down_proj\.weight\[2, 5, 7\] is nan"),
+        ("materialised", r"gradient of model\.layers\.2\.mlp\.\w+\.weight\[0, 0\] is nan"),
+    ],
+)
+def test_a_gradient_that_is_not_finite_is_named_where_the_backward_pass_meets_it(gradients, named):
+    """Planted in the output gradient of an MLP, at one feature of a token; all layers in front get it too."""
+    model = make_model("llama")
+
+    def spoil(grad):
+        grad = grad.clone()
+        grad[2, 5, 7] = torch.nan
+        return grad
+
+    model.model.layers[2].mlp.down_proj.register_forward_hook(
+        lambda module, args, output: output.register_hook(spoil) and None
+    )
+    with pytest.raises(kernels.NonFiniteError, match=f"^{named}: "):
+        score_model(model, micro_batch_size=6, gradients=gradients)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("gradients", ["fused", "materialised"])
+def test_an_activation_that_is_not_finite_is_named_by_its_layer(gradients):
+    model = make_model("llama")
+
+    def plant(module, args, output):
+        output = output.clone()
+        output[1, 3, 4] = float("inf")
+        return output
+
+    model.model.layers[2].mlp.register_forward_hook(plant)
+    with pytest.raises(kernels.NonFiniteError, match=r"^layer 2: the cosine between its input and output is"):
+        score_model(model, micro_batch_size=6, gradients=gradients)
+
+
+def test_activations_too_large_for_their_norm_are_named_though_the_loss_is_finite():
+    """The norm in front of a layer brings back to zero what overflows in it."""
+    model = make_model("llama")
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 1e30)
+    with pytest.raises(kernels.NonFiniteError, match=r"^layer 1: the euclidean .* is inf"):
+        score_model(model, micro_batch_size=6, metric="euclidean")
