@@ -14,6 +14,8 @@ from tiny import make_model
 
 from adapt_pruner import PruneConfig, prune
 from adapt_pruner.cli import main
+from adapt_pruner.engines.in_memory import load_model
+from adapt_pruner.kernels import NonFiniteError
 
 SETTINGS = {"iterations": 4, "num_sequences": 4, "sequence_length": 16, "device": "cpu"}
 
@@ -89,6 +91,19 @@ def test_weights_that_are_not_finite(config, model, value):
     tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = value
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     expect(config(), "1 of 4224 values of model.layers.2.mlp.up_proj.weight are NaN or inf")
+
+
+def test_activations_that_are_not_finite_leave_no_plan(config, monkeypatch):
+    def load_and_plant(*args, **options):
+        loaded = load_model(*args, **options)
+        loaded.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * float("inf"))
+        return loaded
+
+    monkeypatch.setattr("adapt_pruner.engines.in_memory.load_model", load_and_plant)
+    with pytest.raises(NonFiniteError, match="^layer 1: the cosine between its input and output is nan"):
+        prune(config())
+    left = {path.name for path in Path(config().output).iterdir()}
+    assert left == {".lock", "config.yaml", "environment.json", "log.jsonl"}
 
 
 def test_tensors_that_do_not_fit_the_config(config, model):

@@ -79,6 +79,7 @@ def test_what_is_no_target_is_refused(target):
         ("normalize", "mean", "one of .*'zscore_clip'"),
         ("dtype", "int8", "one of .*'bf16'"),
         ("backend", "metal", "one of .*'triton'"),
+        ("gradients", "none", "one of .*'materialised'"),
     ],
 )
 def test_prune_settings_out_of_range_are_refused(name, value, expected):
@@ -105,6 +106,15 @@ def test_evaluate_settings_out_of_range_are_refused(name, value, expected):
 def test_inspect_settings_out_of_range_are_refused():
     with pytest.raises(ValueError, match=r"^context is 0, expected at least 1"):
         InspectConfig("m", context=0)
+
+
+def test_fused_gradients_need_one_micro_batch():
+    expected = r"^micro_batch_size is 16, expected at least 512 \(num_sequences\), or gradients other than"
+    with pytest.raises(ValueError, match=expected):
+        prune_config(gradients="fused")
+    assert prune_config(gradients="fused", num_sequences=16).gradients == "fused"
+    assert prune_config(gradients="fused", micro_batch_size=1000).gradients == "fused"
+    assert prune_config().gradients == "auto"
 
 
 def test_the_smallest_settings_are_accepted():

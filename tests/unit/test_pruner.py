@@ -211,6 +211,21 @@ def test_reference_and_native_ops_give_the_same_plan(settings, tmp_path, threads
     assert plans[0] == plans[1]
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_fused_and_materialised_gradients_give_the_same_plan(settings, tmp_path, family):
+    fused, materialised = (
+        prune(settings(family, gradients=name, micro_batch_size=8, output=str(tmp_path / name)))
+        for name in ("fused", "materialised")
+    )
+    for a, b in zip(fused.plan.keep_indices, materialised.plan.keep_indices, strict=True):
+        assert {kind: keep.tolist() for kind, keep in a.items()} == {
+            kind: keep.tolist() for kind, keep in b.items()
+        }
+    assert fused.plan.hash == materialised.plan.hash
+    saved = yaml.safe_load((fused.run_directory / "config.yaml").read_text())
+    assert saved["gradients"] == "fused"
+
+
 KILLED = """
 import os, signal, sys
 from dataclasses import replace

@@ -135,6 +135,22 @@ def test_every_float_setting_survives_to_a_resume(start):
     start(amplitude=1 / 3, target=2 / 3, resume=True)
 
 
+def test_a_run_without_a_setting_that_came_later_has_its_default(start):
+    run = start()
+    run.close()
+    path = run.path / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    del settings["gradients"]
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match="gradients is 'materialised', the run was started with 'auto'"):
+        start(resume=True, gradients="materialised")
+    start(resume=True).close()
+    del settings["target"]  # every run was given one
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match="target is 0.8, the run was started with None"):
+        start(resume=True)
+
+
 def test_a_damaged_config_is_refused(start):
     run = start()
     run.close()
