@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test lint types check wheel bench clean
+.PHONY: demo test lint types check sanitize wheel bench clean
 
 demo: $(VENV)/.built
 	$(BIN)/adapt-pruner demo --output runs/demo
@@ -23,6 +23,10 @@ types: $(VENV)/.built
 	$(BIN)/mypy
 
 check: lint types test
+
+# The CPU kernels under the address and undefined-behaviour sanitizers of g++; needs nothing else.
+sanitize:
+	$(PYTHON) tests/kernels/sanitized.py
 
 # A CPU wheel in dist/cpu, and a CUDA wheel in dist/cuda where nvcc is found.
 NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
