@@ -71,10 +71,9 @@ class PruneConfig:
         _require("amplitude", self.amplitude, "finite, at least 0", 0 <= self.amplitude < math.inf)
         _require_choices(self)
         if self.gradients == "fused":
+            size = self.micro_batch_size
             expected = f"at least {self.num_sequences} (num_sequences), or gradients other than 'fused'"
-            _require(
-                "micro_batch_size", self.micro_batch_size, expected, self.micro_batch_size >= self.num_sequences
-            )
+            _require("micro_batch_size", size, expected, size >= self.num_sequences)
 
 
 def parse_target(target: float | str) -> float | int:

@@ -72,7 +72,7 @@ def materialised_importance(
     with _gradients_of(parameters, names, one_pass=one_pass) as gradients:
 
         def importance() -> list[Tensor]:
-            # From the last layer on, as the backward pass went: the first NaN is reported, not what came of it.
+            # From the last layer on, as the backward pass went: the NaN that came first is the one reported.
             backward = [_unit_set(members, parameters, gradients) for members in reversed(sets)]
             return kernels.unit_importances(backward, backend=backend)[::-1]
 

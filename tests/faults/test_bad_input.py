@@ -100,7 +100,7 @@ def test_activations_that_are_not_finite_leave_no_plan(config, monkeypatch):
         return loaded
 
     monkeypatch.setattr("adapt_pruner.engines.in_memory.load_model", load_and_plant)
-    with pytest.raises(NonFiniteError, match="^layer 1: the cosine between its input and output is nan"):
+    with pytest.raises(NonFiniteError, match=r"^layer 1: the cosine between its input and output is nan"):
         prune(config())
     left = {path.name for path in Path(config().output).iterdir()}
     assert left == {".lock", "config.yaml", "environment.json", "log.jsonl"}

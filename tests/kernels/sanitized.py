@@ -1,6 +1,6 @@
 """The CPU kernels under the address and undefined-behaviour sanitizers, driven without torch.
 
-    python tests/kernels/sanitized.py        builds and runs the driver: what `make sanitize` does
+`python tests/kernels/sanitized.py` builds and runs the driver, which is what `make sanitize` does.
 """
 
 from __future__ import annotations

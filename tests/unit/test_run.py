@@ -147,7 +147,7 @@ def test_a_run_without_a_setting_that_came_later_has_its_default(start):
     start(resume=True).close()
     del settings["target"]  # every run was given one
     path.write_text(yaml.safe_dump(settings))
-    with pytest.raises(ValueError, match="target is 0.8, the run was started with None"):
+    with pytest.raises(ValueError, match=r"target is 0\.8, the run was started with None"):
         start(resume=True)
 
 
