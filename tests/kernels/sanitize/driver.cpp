@@ -345,7 +345,8 @@ void check_gather(const std::vector<GatherCase>& cases, const std::vector<int64_
           const int64_t source_col = c.dim == 1 ? source_index(col) : col;
           const char* source = sources[m]->data() + (source_row * stride + source_col) * size;
           if (std::memcmp(got, source, size_t(size)) != 0) {
-            fail("element [" + std::to_string(row) + ", " + std::to_string(col) + "] of " + std::to_string(m));
+            fail("row " + std::to_string(row) + ", column " + std::to_string(col) + " of member " +
+                 std::to_string(m));
           }
         }
       }
