@@ -164,7 +164,7 @@ def _gradients_of(
     on a small model with a large vocabulary.
     """
     gradients: dict[str, Tensor] = {}
-    required = {name: p.requires_grad for name, p in parameters.items()}
+    wanted, required = set(names), {name: p.requires_grad for name, p in parameters.items()}
 
     def collect(name: str) -> Any:
         def hook(parameter: Tensor) -> None:
@@ -179,7 +179,7 @@ def _gradients_of(
         return hook
 
     for name, parameter in parameters.items():
-        parameter.requires_grad_(name in names)
+        parameter.requires_grad_(name in wanted)
     handles = [parameters[name].register_post_accumulate_grad_hook(collect(name)) for name in names]
     try:
         yield gradients
