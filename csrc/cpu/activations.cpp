@@ -11,7 +11,7 @@
 namespace adapt_pruner::cpu {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 16;     // rows that are read at the same time, and added up per column first
+constexpr int64_t kRowsAtOnce = 8;      // rows that are read at the same time, and added up per column first
 constexpr int64_t kColumnTile = 16384;  // columns whose sums stay in the second-level cache (192 KB)
 
 // Rows per fp32 sum; few rows get more blocks than threads.
