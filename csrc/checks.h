@@ -70,7 +70,9 @@ inline void check_same_device(const std::string& name, const Tensor& tensor, con
 }
 
 // The set of units that member i belongs to; without `sets` they all belong to one.
-inline size_t set_of(const std::vector<int64_t>& sets, size_t i) { return sets.empty() ? 0 : size_t(sets[i]); }
+inline size_t set_of(const std::vector<int64_t>& sets, size_t i) {
+  return sets.empty() ? 0 : size_t(sets[i]);
+}
 
 inline void check_sets(const std::vector<int64_t>& sets, size_t members) {
   STD_TORCH_CHECK(sets.empty() || sets.size() == members, "sets: expected one for each of ", members,

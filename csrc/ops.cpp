@@ -19,8 +19,7 @@
 namespace adapt_pruner {
 namespace {
 
-// ---- arguments, checked and turned into the kernels' plain structs
-// ------------------------------------------
+// ---- arguments, checked and turned into the kernels' plain structs ----
 
 Matrix matrix_of(const std::string& name, const Tensor& tensor) {
   return {tensor.const_data_ptr(), row_stride_of(tensor), floating_dtype(name, tensor)};
@@ -168,8 +167,7 @@ void parallel_for(int64_t count, int64_t grain, ApRangeBody body, void* context)
 
 Tensor unit_importance_cpu(std::vector<Tensor> weights, std::vector<Tensor> grads,
                            std::vector<Tensor> fishers, std::vector<int64_t> dims,
-                           std::vector<int64_t> group_sizes, std::string mode,
-                            std::vector<int64_t> sets) {
+                           std::vector<int64_t> group_sizes, std::string mode, std::vector<int64_t> sets) {
   const ImportanceArguments arguments =
       importance_arguments(weights, grads, fishers, dims, group_sizes, mode, sets);
   Tensor scores = torch::stable::new_empty(weights[0], {arguments.units}, ScalarType::Float);
@@ -262,8 +260,7 @@ Tensor workspace_like(const Tensor& tensor, int64_t bytes) {
 
 Tensor unit_importance_cuda(std::vector<Tensor> weights, std::vector<Tensor> grads,
                             std::vector<Tensor> fishers, std::vector<int64_t> dims,
-                            std::vector<int64_t> group_sizes, std::string mode,
-                            std::vector<int64_t> sets) {
+                            std::vector<int64_t> group_sizes, std::string mode, std::vector<int64_t> sets) {
   const ImportanceArguments arguments =
       importance_arguments(weights, grads, fishers, dims, group_sizes, mode, sets);
   const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
@@ -282,10 +279,10 @@ void run_gather_cuda(const GatherArguments& arguments, const Tensor& keep) {
   const Tensor& first = arguments.outputs[0];
   const int64_t count = int64_t(arguments.members.size());
   const Tensor workspace = workspace_like(first, ap_cuda_gather_workspace_bytes(count, keep.numel()));
-  check_launch("gather_units",
-               ap_cuda_gather_units(arguments.members.data(), count, keep.const_data_ptr<int64_t>(),
-                                    keep.numel(), workspace.mutable_data_ptr(),
-                                    current_stream(first.get_device_index())));
+  check_launch(
+      "gather_units",
+      ap_cuda_gather_units(arguments.members.data(), count, keep.const_data_ptr<int64_t>(), keep.numel(),
+                           workspace.mutable_data_ptr(), current_stream(first.get_device_index())));
 }
 
 void check_on_cuda(const std::vector<Tensor>& tensors) {
@@ -326,11 +323,11 @@ void activation_stats_cuda(Tensor x, Tensor mean, Tensor m2, Tensor count) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor workspace =
       workspace_like(x, ap_cuda_activation_workspace_bytes(arguments.tokens, arguments.cols));
-  check_launch("activation_stats",
-               ap_cuda_activation_stats(arguments.x, arguments.tokens, arguments.cols,
-                                        mean.mutable_data_ptr<double>(), m2.mutable_data_ptr<double>(),
-                                        count.mutable_data_ptr<int64_t>(), workspace.mutable_data_ptr(),
-                                        current_stream(x.get_device_index())));
+  check_launch(
+      "activation_stats",
+      ap_cuda_activation_stats(arguments.x, arguments.tokens, arguments.cols, mean.mutable_data_ptr<double>(),
+                               m2.mutable_data_ptr<double>(), count.mutable_data_ptr<int64_t>(),
+                               workspace.mutable_data_ptr(), current_stream(x.get_device_index())));
 }
 
 #endif  // ADAPT_PRUNER_WITH_CUDA
@@ -377,8 +374,7 @@ STABLE_TORCH_LIBRARY_IMPL(adapt_pruner, CUDA, m) {
 
 }  // namespace adapt_pruner
 
-// ---- the Python module: importing it registers the ops; it also says how it was built
-// ---------------------------
+// ---- the Python module: importing it registers the ops; it also says how it was built ----
 
 #define ADAPT_PRUNER_TEXT(...) #__VA_ARGS__
 #define ADAPT_PRUNER_EXPANDED_TEXT(...) ADAPT_PRUNER_TEXT(__VA_ARGS__)

@@ -1,8 +1,9 @@
 // Column means and centred second moments of activations: one pass over them, merged into the running ones.
 //
-// Within a block of rows the sums are fp32, of the distances from the mean of the block's first rows: that is close
-// enough to the mean of all of them for the square of what is left to cancel nothing, even if one of them is
-// an outlier, as first tokens are. Blocks are merged in double, in their order (Chan, Golub and LeVeque 1979).
+// Within a block of rows the sums are fp32, of the distances from the mean of the block's first rows: that is
+// close enough to the mean of all of them for the square of what is left to cancel nothing, even if one of
+// them is an outlier, as first tokens are. Blocks are merged in double, in their order (Chan, Golub and
+// LeVeque 1979).
 #include <algorithm>
 #include <memory>
 
@@ -37,7 +38,8 @@ void update(const Matrix& x, int64_t tokens, int64_t cols, double* mean, double*
   run_parallel(parallel_for, blocks * tiles, grain_for(block_rows * std::min(cols, kColumnTile)),
                [&](int64_t begin, int64_t end) {
                  for (int64_t item = begin; item < end; ++item) {
-                   const int64_t first_row = item / tiles * block_rows, first_col = item % tiles * kColumnTile;
+                   const int64_t first_row = item / tiles * block_rows,
+                                 first_col = item % tiles * kColumnTile;
                    const BlockRange block = {first_row, std::min(block_rows, tokens - first_row), first_col,
                                              std::min(kColumnTile, cols - first_col)};
                    float* target = scratch.get() + item / tiles * 3 * cols + first_col;

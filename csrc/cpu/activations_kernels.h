@@ -1,7 +1,7 @@
 // Sums over a block of rows of the distances from an origin, and of their squares. Included by each_isa.h.
 
-// Of `count` rows from `row` on, `stride` elements apart; added to the sums. `origin` holds fp32 values, in the order
-// of the pairs of T.
+// Of `count` rows from `row` on, `stride` elements apart; added to the sums. `origin` holds fp32 values, in
+// the order of the pairs of T.
 template <class T>
 AP_INLINE void add_distances(const T* row, int64_t stride, int64_t count, int64_t width, const float* origin,
                              float* sums, float* squares) {

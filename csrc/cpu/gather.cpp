@@ -1,5 +1,5 @@
-// Gathering of kept units. Where runs of kept elements are long (rows, attention heads) they are copied one by
-// one; where they are short (single channels) the elements of a row are compressed eight at a time.
+// Gathering of kept units. Where runs of kept elements are long (rows, attention heads) they are copied one
+// by one; where they are short (single channels) the elements of a row are compressed eight at a time.
 #include <algorithm>
 #include <vector>
 
@@ -98,8 +98,9 @@ void gather_member(const GatherMember& member, const int64_t* keep, int64_t kept
                    ApParallelFor parallel_for) {
   const bool by_rows = member.dim == 0;
   const int64_t kept_indices = kept * member.group_size;
-  Plan plan = {member, keep, by_rows ? kept_indices : member.rows, by_rows ? member.cols : kept_indices,
-               false,  {},   {}};
+  Plan plan = {
+      member, keep, by_rows ? kept_indices : member.rows, by_rows ? member.cols : kept_indices, false,
+      {},     {}};
   plan.stream = plan.kept_rows * plan.kept_cols * member.element_size >= kStreamBytes;
   Kernel kernel = AP_CHOOSE(copy_rows);
   if (!by_rows) {

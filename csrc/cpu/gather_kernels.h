@@ -29,7 +29,7 @@ inline void copy_column_runs(const Plan& plan, int64_t begin, int64_t end) {
   writer.finish();
 }
 
-// ---- compression: the kept ones of a block of eight elements, one mask per block -----------------------------
+// ---- compression: the kept ones of a block of eight elements, one mask per block ----
 
 // Stores the kept elements in front of each other and returns their end. Whole registers are stored: up to a
 // cache line behind the end is overwritten with anything.

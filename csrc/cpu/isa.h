@@ -16,8 +16,8 @@ Isa chosen_isa();
 // GCC's target pragma reaches templates and lambdas; other compilers get the baseline alone.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define AP_HAS_X86_ISAS 1
-#define AP_CHOOSE(...) \
-  (chosen_isa() == kAvx512 ? avx512::__VA_ARGS__                           \
+#define AP_CHOOSE(...)                           \
+  (chosen_isa() == kAvx512 ? avx512::__VA_ARGS__ \
                            : (chosen_isa() == kAvx2 ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__))
 #else
 #define AP_HAS_X86_ISAS 0

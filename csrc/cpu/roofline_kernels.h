@@ -1,7 +1,7 @@
 // Reads and copies at the rate of the memory. Included by each_isa.h.
 
-// Both streams, a line of each in turn; `ahead` asks for their memory early, as the other kernels do. The result
-// depends on every byte, so no load can be left out.
+// Both streams, a line of each in turn; `ahead` asks for their memory early, as the other kernels do. The
+// result depends on every byte, so no load can be left out.
 template <bool ahead>
 uint64_t read_lines(const char* a, const char* b, int64_t bytes) {
   typedef uint64_t Words __attribute__((vector_size(32)));

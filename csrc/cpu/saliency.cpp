@@ -1,8 +1,8 @@
 // Unit importance: the saliency of every element, summed per unit.
 //
-// Sums are split by the shape alone, never by the number of threads: into tiles of some rows and columns, fp32
-// within a tile (short sums), double across tiles. A matrix that two members in a row read, one by rows and
-// one by columns, is read once.
+// Sums are split by the shape alone, never by the number of threads: into tiles of some rows and columns,
+// fp32 within a tile (short sums), double across tiles. A matrix that two members in a row read, one by rows
+// and one by columns, is read once.
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -16,8 +16,9 @@ constexpr int64_t kColumnTile = 16384;  // columns whose sums stay in the second
 constexpr int64_t kSumBlock = 2048;     // elements of a row per fp32 sum: 64 pairs per lane
 constexpr int kRowsAtOnce = 4;          // rows that are read at the same time, and added up per column first
 
-// Rows per fp32 column sum: at most 32 additions of kRowsAtOnce rows. Small matrices get more tiles than threads.
-int64_t rows_per_tile(int64_t rows) { return rows >= 2048 ? 128 : 32; }
+// Rows per fp32 column sum: at most 64 additions of kRowsAtOnce rows. Small matrices get more tiles than
+// threads.
+int64_t rows_per_tile(int64_t rows) { return rows >= 8192 ? 256 : (rows >= 2048 ? 128 : 32); }
 
 struct TileRange {
   int64_t first_row, rows;

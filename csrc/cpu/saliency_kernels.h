@@ -34,11 +34,11 @@ struct Row {
   }
 };
 
-// `count` rows at once, from first_row on: their sums are stored in row_sums and, unless that is null, added to
-// column_sums. Row sums cost nothing: the memory is what everything waits for.
+// `count` rows at once, from first_row on: their sums are stored in row_sums and, unless that is null, added
+// to column_sums. Row sums cost nothing: the memory is what everything waits for.
 template <Mode mode, class W, class G, class H, int count>
 void add_rows(const ImportanceMember& member, int64_t first_row, int64_t first_col, int64_t width,
-                        double* row_sums, float* column_sums) {
+              double* row_sums, float* column_sums) {
   Row<mode, W, G, H> rows[count];
   for (int k = 0; k < count; ++k) {
     rows[k] = {element_of<W>(member.weight, first_row + k, first_col),
@@ -83,12 +83,12 @@ void sum_tile(const ImportanceMember& member, const TileRange& tile, double* row
   if (column_sums != nullptr) std::fill(column_sums, column_sums + tile.width, 0.0f);
   int64_t row = 0;
   for (; row + kRowsAtOnce <= tile.rows; row += kRowsAtOnce) {
-    add_rows<mode, W, G, H, kRowsAtOnce>(member, tile.first_row + row, tile.first_col,
-                                                           tile.width, row_sums + row, column_sums);
+    add_rows<mode, W, G, H, kRowsAtOnce>(member, tile.first_row + row, tile.first_col, tile.width,
+                                         row_sums + row, column_sums);
   }
   for (; row < tile.rows; ++row) {
-    add_rows<mode, W, G, H, 1>(member, tile.first_row + row, tile.first_col, tile.width,
-                                                 row_sums + row, column_sums);
+    add_rows<mode, W, G, H, 1>(member, tile.first_row + row, tile.first_col, tile.width, row_sums + row,
+                               column_sums);
   }
   if (Row<mode, W, G, H>::kSplit && column_sums != nullptr) merge_split(column_sums, tile.width);
 }

@@ -45,9 +45,8 @@ template <Metric metric, class T>
 void token_values(const Matrix& h_in, const Matrix& h_out, int64_t hidden, int64_t begin, int64_t end,
                   double* per_token) {
   for (int64_t token = begin; token < end; ++token) {
-    const TokenSums sums =
-        token_sums<metric>(element_of<T>(h_in, token, 0), element_of<T>(h_out, token, 0), hidden,
-                           h_in.row_stride, h_out.row_stride);
+    const TokenSums sums = token_sums<metric>(element_of<T>(h_in, token, 0), element_of<T>(h_out, token, 0),
+                                              hidden, h_in.row_stride, h_out.row_stride);
     if constexpr (metric == kCosine) {
       const double norm_in = std::max(std::sqrt(sums.square_in), kCosineEps);
       const double norm_out = std::max(std::sqrt(sums.square_out), kCosineEps);

@@ -62,12 +62,12 @@ AP_INLINE const T* element_of(const Matrix& matrix, int64_t row, int64_t col) {
 
 constexpr int64_t kLineBytes = 64;  // of a cache line
 
-// Memory that is read once is asked for this many bytes ahead: the hardware's own prefetching stops at the end
-// of each page and follows several rows at a time less well.
+// Memory that is read once is asked for this many bytes ahead: the hardware's own prefetching stops at the
+// end of each page and follows several rows at a time less well.
 constexpr int64_t kAheadBytes = 1024;
 
-// How many bytes behind element i of a row of `width` its reader will be kAheadBytes later: behind the end of the row
-// it goes on with the one `next_row` elements further.
+// How many bytes behind element i of a row of `width` its reader will be kAheadBytes later: behind the end of
+// the row it goes on with the one `next_row` elements further.
 template <class T>
 AP_INLINE int64_t bytes_ahead(int64_t i, int64_t width, int64_t next_row) {
   constexpr int64_t kAhead = kAheadBytes / int64_t(sizeof(T));
