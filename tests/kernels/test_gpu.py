@@ -269,6 +269,28 @@ def test_opcheck_gather_units(backend: str) -> None:
         torch.library.opcheck(torch.ops.adapt_pruner.gather_units.out, arguments, {"out": out})
 
 
+def test_opcheck_linear_importance() -> None:
+    arguments = (torch.randn(5, 8).cuda(), torch.randn(5, 4).cuda(), torch.randn(4, 8).cuda(), 0, 2)
+    torch.library.opcheck(torch.ops.adapt_pruner.triton_linear_importance.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_linear_importance_of_a_large_layer_writes_no_gradient(dtype: torch.dtype, dim: int) -> None:
+    x, dy, weight = (
+        torch.randn(shape, device="cuda").to(dtype) for shape in ((300, 8192), (300, 4096), (4096, 8192))
+    )
+    linear_importance(x, dy, weight, dim)  # compiles
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = linear_importance(x, dy, weight, dim, check_finite=False)
+    assert torch.cuda.max_memory_allocated() - before < 0.05 * weight.nbytes
+    oracle = reference.linear_importance(x.double(), dy.double(), weight.double(), dim, 1)
+    plain = (weight * (dy.T @ x)).abs().float().sum(1 - dim)
+    error, plain_error = ((got.double() - oracle).abs().max() / oracle.max() for got in (result, plain))
+    assert error <= 2 * plain_error + 2**-22
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_opcheck_residual_similarity(backend: str, metric: str) -> None:
     arguments = (torch.randn(5, 8).cuda(), torch.randn(5, 8).cuda(), metric)
