@@ -25,7 +25,7 @@ def linear_importance(x: Tensor, dy: Tensor, weight: Tensor, dim: int, group_siz
     """The op behind `adapt_pruner.kernels.linear_importance`; x and dy are [tokens, features]."""
     # 16-bit products spend their time on operands: half of them are copied, so that rows lie close together
     copy = x.element_size() == 2 and x.shape[0] * 512 * LARGEST_PART <= weight.numel()
-    rows, cols = tile_shape(*weight.shape, longest=(512, 1024) if copy else (2048, 2048))
+    rows, cols = tile_shape(weight.shape[0], weight.shape[1], (512, 1024) if copy else (2048, 2048))
     tile = torch.empty(rows * cols, dtype=x.dtype)
     index_scores = torch.zeros(weight.shape[dim], dtype=torch.float64)
     for row in range(0, weight.shape[0], rows):

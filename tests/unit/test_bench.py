@@ -171,17 +171,18 @@ def test_the_copy_roofline_copies_all_of_it(numel, streaming):
     assert torch.equal(target, source)
 
 
-def test_the_read_roofline_reads_every_byte():
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_read_roofline_reads_every_byte(ahead):
     pair = [torch.zeros(64 * 5 + 7, dtype=torch.uint8) for _ in range(2)]
     for tensor in pair:
         for i in range(tensor.numel()):
             tensor[i] = 1
-            assert torch.ops.adapt_pruner.roofline_read(*pair) != 0, i
+            assert torch.ops.adapt_pruner.roofline_read(*pair, ahead) != 0, i
             tensor[i] = 0
-    assert torch.ops.adapt_pruner.roofline_read(*pair) == 0
+    assert torch.ops.adapt_pruner.roofline_read(*pair, ahead) == 0
     large = [torch.randint(0, 255, (1 << 20,), dtype=torch.uint8) for _ in range(2)]  # on all threads
     words = (large[0] ^ large[1]).view(torch.int64).tolist()
-    assert torch.ops.adapt_pruner.roofline_read(*large) == functools.reduce(int.__xor__, words)
+    assert torch.ops.adapt_pruner.roofline_read(*large, ahead) == functools.reduce(int.__xor__, words)
 
 
 def test_rooflines_refuse_other_sizes():
