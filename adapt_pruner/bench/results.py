@@ -136,13 +136,14 @@ class Comparison:
 
 
 def compare(old: Sequence[Row], new: Sequence[Row], threshold: float) -> Comparison:
-    """Flags rows whose time grew and whose fraction of the roofline fell by more than `threshold`.
+    """Flags ops of ours whose time grew and whose fraction of the roofline fell by more than `threshold`.
 
     Both are asked for: a machine that is slower today is slower at its rooflines too, and a roofline that
     was measured badly changes no time.
     """
     before = {row.key: row for row in old}
-    pairs = [Regression(before[row.key], row) for row in new if row.key in before]
+    measured = [row for row in new if row.provider == "ours"]
+    pairs = [Regression(before[row.key], row) for row in measured if row.key in before]
     slower = [
         pair
         for pair in pairs
@@ -152,7 +153,7 @@ def compare(old: Sequence[Row], new: Sequence[Row], threshold: float) -> Compari
     devices = {row.device for row in new}
     return Comparison(
         len(pairs),
-        len(new) - len(pairs),
+        len(measured) - len(pairs),
         tuple(sorted({row.device for row in old} - devices)),
         tuple(sorted(slower, key=lambda pair: -pair.slowdown)),
     )

@@ -95,8 +95,10 @@ def _shapes(config: BenchConfig) -> tuple[Shape, ...]:
 def parse_shape(text: str) -> Shape:
     """ROWSxCOLUMNS, such as 4096x14336."""
     match = re.fullmatch(r"\s*(\d+)x(\d+)\s*", text)
-    if match is None or 0 in (shape := (int(match[1]), int(match[2]))):
-        raise ValueError(f"shapes: got {text.strip()!r}, expected ROWSxCOLUMNS such as 4096x14336")
+    if match is None or math.prod(shape := (int(match[1]), int(match[2]))) < 2:
+        raise ValueError(
+            f"shapes: got {text.strip()!r}, expected ROWSxCOLUMNS such as 4096x14336, of two elements or more"
+        )
     return shape
 
 

@@ -15,6 +15,8 @@ from adapt_pruner.kernels.ops import activation_stats
 class ActivationStats:
     """Mean and centred second moment of each column of the activations seen so far; updated in place.
 
+    NaN and infinity stay: look at `m2` before it ranks anything.
+
     Attributes:
         mean: [columns], float64.
         m2: [columns], float64, sum of the squared distances from the mean.
@@ -36,7 +38,13 @@ class ActivationStats:
         activation_stats(x, self.mean, self.m2, self.count, backend=backend)
 
     def merge(self, other: ActivationStats) -> None:
-        """Adds what `other` has seen, of another batch or rank: as if seen here, up to rounding."""
+        """Adds what `other` has seen, of another batch or rank: as if seen here, up to rounding.
+
+        Raises:
+            ValueError: the numbers of columns differ.
+        """
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(f"expected {self.mean.shape[0]} columns, got {other.mean.shape[0]}")
         reference.merge_activation_stats(self.mean, self.m2, self.count, other.mean, other.m2, other.count)
 
     @property

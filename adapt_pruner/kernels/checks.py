@@ -24,20 +24,23 @@ def check_importance(
     dims: Sequence[int],
     group_sizes: Sequence[int],
     mode: str,
+    names: Sequence[str] = (),
 ) -> None:
     if mode not in MODES:
         raise ValueError(f"mode {mode!r}: expected one of {', '.join(MODES)}")
     check_members("weights", weights, dims, group_sizes)
     _check_companions("grads", grads, weights, needed=mode in MODES_WITH_GRADS, mode=mode)
     _check_companions("fishers", fishers, weights, needed=mode in MODES_WITH_FISHERS, mode=mode)
+    if len(names) not in (0, len(weights)):
+        raise ValueError(f"names: expected one for each of {len(weights)} weights or none, got {len(names)}")
     for i, weight in enumerate(weights):
         _check_floating(f"weights[{i}]", weight)
 
 
 def check_linear(x: Tensor, dy: Tensor, weight: Tensor, dim: int, group_size: int) -> None:
     check_members("weight", [weight], [dim], [group_size])
-    if weight.dim() != 2:
-        raise ValueError(f"weight: expected [out, in], got shape {tuple(weight.shape)}")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"weight: expected [out, in], neither of them 0, got shape {tuple(weight.shape)}")
     for name, tensor, features in (("x", x, weight.shape[1]), ("dy", dy, weight.shape[0])):
         if tensor.dim() < 1 or tensor.shape[-1] != features:
             raise ValueError(f"{name}: expected [..., {features}], got shape {tuple(tensor.shape)}")

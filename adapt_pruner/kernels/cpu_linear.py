@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adapt_pruner.kernels.checks import check_linear
+
 SMALL_GRADIENT = 1 << 20  # elements; a few MB are not worth a loop
-LARGEST_PART = 25  # a tile is at most one of so many parts of a larger gradient, and so is a copy of outputs
+LARGEST_PART = (
+    25  # a tile, and the copy of outputs beside it, are at most one of so many parts of the gradient
+)
 ROWS_STEP = 256  # rows of a tile are a multiple of this, where there are as many: the libraries like it
 
 
@@ -23,8 +27,9 @@ def tile_shape(out_features: int, in_features: int, longest: tuple[int, int]) ->
 @torch.library.custom_op("adapt_pruner::linear_importance", mutates_args=(), device_types="cpu")
 def linear_importance(x: Tensor, dy: Tensor, weight: Tensor, dim: int, group_size: int) -> Tensor:
     """The op behind `adapt_pruner.kernels.linear_importance`; x and dy are [tokens, features]."""
+    check_linear(x, dy, weight, dim, group_size)
     # 16-bit products spend their time on operands: half of them are copied, so that rows lie close together
-    copy = x.element_size() == 2 and x.shape[0] * 512 * LARGEST_PART <= weight.numel()
+    copy = x.element_size() == 2 and (x.shape[0] + 1024) * 512 * LARGEST_PART <= weight.numel()
     rows, cols = tile_shape(weight.shape[0], weight.shape[1], (512, 1024) if copy else (2048, 2048))
     tile = torch.empty(rows * cols, dtype=x.dtype)
     index_scores = torch.zeros(weight.shape[dim], dtype=torch.float64)

@@ -26,15 +26,18 @@ def check_scores(
     named = [(names[i] if names else f"weights[{i}]", weight) for i, weight in enumerate(weights)]
     for what, tensors in (("gradient", grads), ("Fisher diagonal", fishers)):
         named += [(f"{what} of {named[i][0]}", tensor) for i, tensor in enumerate(tensors)]
-    _check(scores, named)
+    _check(scores, named, f"the sum over {', '.join(name for name, _ in named)}")
 
 
 def check_linear_scores(scores: Tensor, x: Tensor, dy: Tensor, weight: Tensor, name: str) -> None:
     """`check_scores` for `linear_importance`."""
-    _check(scores, [(name, weight), (f"input of {name}", x), (f"output gradient of {name}", dy)])
+    named = [(name, weight), (f"input of {name}", x), (f"output gradient of {name}", dy)]
+    _check(
+        scores, named, f"the gradient of {name} overflows {str(x.dtype).removeprefix('torch.')}, or the sum"
+    )
 
 
-def _check(scores: Tensor, named: list[tuple[str, Tensor]]) -> None:
+def _check(scores: Tensor, named: list[tuple[str, Tensor]], overflowing: str) -> None:
     finite = torch.isfinite(scores)
     if bool(finite.all()):
         return
@@ -49,7 +52,6 @@ def _check(scores: Tensor, named: list[tuple[str, Tensor]]) -> None:
                 f"got {count} of {tensor.numel()} NaN or infinite"
             )
     unit = int(finite.logical_not().to(torch.uint8).argmax())
-    names = ", ".join(name for name, _ in named)
     raise NonFiniteError(
-        f"the score of unit {unit} is {scores[unit].item()}: the sum over {names} overflows float32"
+        f"the score of unit {unit} is {scores[unit].item()}: {overflowing} overflows float32"
     )

@@ -102,8 +102,8 @@ def unit_importances(
     Args:
         sets: at least one; all tensors on one device.
         mode: see above.
-        check_finite: look for NaN and infinity among the scores, which waits for the device. Off, they are
-            returned: the caller has to look before it ranks.
+        check_finite: look for NaN and infinity among the scores, which waits for the device. Off, and inside
+            torch.compile, they are returned: the caller has to look before it ranks (`check_scores`).
         backend: "auto", "reference", "cpu", "cuda" or "triton".
     Returns:
         For each set [units], fp32, non-negative, accumulated in fp32 or better. Larger means keep. The same
@@ -117,7 +117,7 @@ def unit_importances(
     if not sets:
         raise ValueError("sets: expected at least one set of units, got none")
     for s in sets:
-        check_importance(s.weights, s.grads, s.fishers, s.dims, s.group_sizes, mode)
+        check_importance(s.weights, s.grads, s.fishers, s.dims, s.group_sizes, mode, s.names)
         if s.weights[0].device != sets[0].weights[0].device:
             first, device = sets[0].weights[0].device, s.weights[0].device
             raise ValueError(f"sets: expected device {first} as in the first set, got {device}")
@@ -160,8 +160,9 @@ def linear_importance(
 ) -> Tensor:
     """`unit_importance` of a linear layer straight from its input and output gradient.
 
-    The gradient dy^T x exists as small tiles only, each multiplied with its part of the weight and summed
-    before the next one is made.
+    The gradient dy^T x exists as tiles only, each multiplied with its part of the weight and summed before
+    the next one is made; on the CPU a gradient of a few MB is one tile. There a tile has the dtype of x, as
+    the gradient of plain PyTorch has; in Triton its elements are fp32.
 
     Args:
         x: [..., in], input of the layer: fp32, fp16 or bf16; every leading index is a token. All tokens of
@@ -272,7 +273,7 @@ def gather_units(
                 list(tensors), list(dims), list(group_sizes), on_device, list(out)
             )
         return list(out)
-    arguments = (list(tensors), list(dims), list(group_sizes), keep.cpu())
+    arguments = (list(tensors), list(dims), list(group_sizes), keep.cpu().contiguous())
     if out is None:
         return torch.ops.adapt_pruner.gather_units(*arguments)
     torch.ops.adapt_pruner.gather_units.out(*arguments, out=list(out))

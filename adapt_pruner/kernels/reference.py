@@ -74,7 +74,8 @@ def residual_similarity(h_in: Tensor, h_out: Tensor, metric: str) -> Tensor:
     if metric == "cosine":
         norm_a = a.square().sum(dim=1).sqrt().clamp_min(COSINE_EPS)
         norm_b = b.square().sum(dim=1).sqrt().clamp_min(COSINE_EPS)
-        per_token = (a * b).sum(dim=1) / (norm_a * norm_b)
+        # a norm that overflows must not pass for orthogonality: zero times infinity is NaN
+        per_token = (a * b).sum(dim=1) / (norm_a * norm_b) + 0.0 * (norm_a + norm_b)
     elif metric == "euclidean":
         per_token = (a - b).square().sum(dim=1).sqrt()
     else:

@@ -58,7 +58,8 @@ def token_values(
         # tl.maximum would drop NaN
         norm_in = tl.where(norm_in < EPS, EPS, norm_in)
         norm_out = tl.where(norm_out < EPS, EPS, norm_out)
-        value = value / norm_in / norm_out
+        # a norm that overflows must not pass for orthogonality: zero times infinity is NaN
+        value = value / norm_in / norm_out + 0.0 * (norm_in + norm_out)
     elif METRIC == "euclidean":
         value = tl.sqrt(value)
     tl.store(values + token, value.to(tl.float32), mask=token < tokens)

@@ -50,7 +50,8 @@ void token_values(const Matrix& h_in, const Matrix& h_out, int64_t hidden, int64
     if constexpr (metric == kCosine) {
       const double norm_in = std::max(std::sqrt(sums.square_in), kCosineEps);
       const double norm_out = std::max(std::sqrt(sums.square_out), kCosineEps);
-      per_token[token] = sums.dot / (norm_in * norm_out);
+      // a norm that overflows must not pass for orthogonality: zero times infinity is NaN
+      per_token[token] = sums.dot / (norm_in * norm_out) + 0.0 * (norm_in + norm_out);
     } else {
       per_token[token] = metric == kEuclidean ? std::sqrt(sums.dot) : sums.dot;
     }

@@ -12,6 +12,11 @@ const char* ap_cuda_error_string(int error) { return cudaGetErrorString(static_c
 
 int ap_cuda_upload(void* target, const void* source, int64_t bytes, void* stream) {
   if (bytes == 0) return cudaSuccess;
+  // a graph would copy again from memory that is gone by then
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  if (error != cudaSuccess) return error;
+  if (status != cudaStreamCaptureStatusNone) return cudaErrorStreamCaptureUnsupported;
   return cudaMemcpyAsync(target, source, static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
                          static_cast<cudaStream_t>(stream));
 }

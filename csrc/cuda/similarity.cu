@@ -32,7 +32,9 @@ template <Metric metric>
 __device__ inline float value_of_token(float dot, float square_in, float square_out) {
   if constexpr (metric == kCosine) {
     const float eps = static_cast<float>(kCosineEps);
-    return dot / fmaxf(sqrtf(square_in), eps) / fmaxf(sqrtf(square_out), eps);
+    // a norm that overflows must not pass for orthogonality: zero times infinity is NaN
+    return dot / fmaxf(sqrtf(square_in), eps) / fmaxf(sqrtf(square_out), eps) +
+           0.0f * (square_in + square_out);
   }
   return metric == kEuclidean ? sqrtf(dot) : dot;
 }

@@ -143,3 +143,8 @@ def test_native_op_checks_its_state(native_cpu: str, name: str) -> None:
     for wrong in (state[name].float(), torch.zeros(7, dtype=state[name].dtype)):
         with pytest.raises(RuntimeError, match=f"{name}: expected"):
             torch.ops.adapt_pruner.activation_stats(torch.ones(3, 6), **{**state, name: wrong})
+
+
+def test_merge_needs_as_many_columns() -> None:
+    with pytest.raises(ValueError, match="expected 4 columns, got 1"):
+        ActivationStats.zeros(4).merge(ActivationStats.zeros(1))

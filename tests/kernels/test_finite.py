@@ -83,3 +83,16 @@ def test_linear_importance(native_cpu: str, backend: str, value: float) -> None:
         with pytest.raises(NonFiniteError) as raised:
             linear_importance(**{**tensors, name: bad}, dim=0, name="up_proj", backend=backend)
         assert str(raised.value).startswith(f"{called[name]}[3, 2] is {value}")
+
+
+def test_a_gradient_that_overflows_in_its_dtype_is_named() -> None:
+    x, dy, weight = torch.full((40, 6), 200.0), torch.full((40, 4), 200.0), torch.ones(4, 6)
+    assert linear_importance(x, dy, weight, 0).isfinite().all()
+    with pytest.raises(NonFiniteError, match="the gradient of up_proj overflows float16, or the sum"):
+        linear_importance(x.half(), dy.half(), weight.half(), 0, name="up_proj")
+
+
+def test_names_are_as_many_as_weights() -> None:
+    w = torch.ones(4, 6)
+    with pytest.raises(ValueError, match="names: expected one for each of 2 weights or none, got 1"):
+        unit_importance([w, w], [w, w], [0, 0], [1, 1], names=["a"])

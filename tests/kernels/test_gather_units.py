@@ -182,3 +182,10 @@ def test_out_of_several_members(native_cpu: str) -> None:
             buffer.fill_(torch.nan)
         gather_units(tensors, [0, 1, 0], [2, 4, 2], keep, out=buffers, backend=backend)
         assert_same(buffers, tensors, reference.gather_units(tensors, [0, 1, 0], [2, 4, 2], keep))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_keep_may_be_a_view(native_cpu: str, backend: str) -> None:
+    tensor, every_other = torch.randn(4, 3), torch.tensor([0, 9, 2, 9])[::2]
+    (result,) = gather_units([tensor], [0], [1], every_other, backend=backend)
+    assert torch.equal(result, tensor[[0, 2]])

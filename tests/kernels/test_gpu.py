@@ -314,3 +314,12 @@ def test_compiles_without_graph_breaks(backend: str) -> None:
     compiled = torch.compile(score_and_gather, fullgraph=True)
     for got, expected in zip(compiled(*arguments), score_and_gather(*arguments), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_a_table_in_host_memory_is_not_captured_in_a_graph() -> None:
+    weight = torch.ones(64, 64, device="cuda")
+    arguments = ([weight], [], [0], [1])
+    options = {"mode": "magnitude_l1", "check_finite": False, "backend": "cuda"}
+    unit_importance(*arguments, **options)
+    with pytest.raises(RuntimeError, match="captur"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        unit_importance(*arguments, **options)

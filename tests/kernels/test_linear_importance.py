@@ -85,7 +85,8 @@ def test_a_tile_is_a_small_part_of_a_large_gradient(shape: tuple[int, int], long
         ({"dy": torch.ones(2, 4)}, r"dy: expected the tokens of x \(3,\), got \(2,\)"),
         ({"dy": torch.ones(3, 4).half()}, "dy: expected the dtype of x torch.float32, got torch.float16"),
         ({"weight": torch.ones(4, 6).half()}, "weight: expected the dtype of x torch.float32 or"),
-        ({"weight": torch.ones(4)}, r"weight: expected \[out, in\], got shape \(4,\)"),
+        ({"weight": torch.ones(4)}, r"neither of them 0, got shape \(4,\)"),
+        ({"x": torch.ones(3, 0), "weight": torch.ones(4, 0)}, r"neither of them 0, got shape \(4, 0\)"),
         ({"dim": 2}, r"dims\[0\]: expected a dimension of a 2-D tensor, got 2"),
         ({"group_size": 3}, "expected a divisor of the 4 indices of dimension 0, got 3"),
         ({"x": torch.ones(3, 6).int()}, "x: expected float32, float16 or bfloat16, got torch.int32"),
@@ -95,3 +96,8 @@ def test_bad_arguments(changes: dict[str, object], message: str) -> None:
     arguments = {"x": torch.ones(3, 6), "dy": torch.ones(3, 4), "weight": torch.ones(4, 6), "dim": 0}
     with pytest.raises(ValueError, match=message):
         linear_importance(**{**arguments, **changes})  # type: ignore[arg-type]
+
+
+def test_op_checks_its_arguments_by_itself(native_cpu: str) -> None:
+    with pytest.raises(ValueError, match=r"x: expected \[..., 6\], got shape \(3, 64\)"):
+        torch.ops.adapt_pruner.linear_importance(torch.ones(3, 64), torch.ones(3, 4), torch.ones(4, 6), 0, 1)

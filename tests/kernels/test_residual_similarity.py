@@ -80,3 +80,10 @@ def test_same_bits_for_any_number_of_threads(native_cpu: str, threads: None, met
 def test_float64_runs_the_reference_in_float64() -> None:
     h_in, h_out = residual_streams((4, 5), torch.float64)
     assert residual_similarity(h_in, h_out).dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("hidden", [64, 96])
+def test_a_norm_that_overflows_is_not_orthogonality(native_cpu: str, backend: str, hidden: int) -> None:
+    huge, ones = torch.full((1, hidden), 1e20), torch.ones(1, hidden)
+    assert residual_similarity(huge, ones, backend=backend).isnan()
