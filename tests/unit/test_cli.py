@@ -359,6 +359,7 @@ def test_warnings_are_one_line_on_stderr(command, monkeypatch, tiny_models):
         ("evaluate", EvaluateConfig),
         ("inspect", InspectConfig),
         ("bench", BenchConfig),
+        ("methods", None),
         ("doctor", None),
         ("demo", None),
     ],
@@ -377,7 +378,7 @@ def test_help_mentions_every_setting(command, name, config):
 def test_help_describes_commands_and_settings(command):
     status, out, _ = command("--help")
     assert status == 0
-    for name in ("prune", "apply", "evaluate", "inspect", "bench", "doctor", "demo"):
+    for name in ("prune", "apply", "evaluate", "inspect", "bench", "methods", "doctor", "demo"):
         assert re.search(rf"^\s+{name}\s+\w+", out, re.MULTILINE), name
     text = " ".join(command("prune", "--help")[1].split())
     assert "prune a model to a parameter budget" in text
