@@ -102,8 +102,8 @@ def counts_at(budget: UnitBudget, sparsity: Floats, rows: int | None = None) -> 
     Channels round down; kv_groups go only when their full share is due.
 
     Args:
-        rows: of a kv_group. Given, it counts rows as the published implementation does: of a group's rows as
-            many are due as round down, and the group goes when all of them are.
+        rows: of a kv_group. Given, rows are counted as the published implementation does: those that stay
+            round down, so that a group goes up to a row early.
     """
     counts = []
     for i, (initial, current) in enumerate(zip(budget.initial, budget.current, strict=True)):

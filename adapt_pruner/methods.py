@@ -66,20 +66,20 @@ class Method:
 METHODS: tuple[Method, ...] = (
     Method(
         "adapt-pruner",
-        "layers lose by how little they change the residual stream, in many rounds",
+        "first-order Taylor; layers lose by how little they change the residual stream, in many rounds",
         "arXiv 2502.03460",
     ),
     Method(
         "llm-pruner",
-        "first-order Taylor, the same share of each layer but the first eighth and last sixteenth",
-        "arXiv 2305.11627; its script keeps layers 0-3 and 30-31 of LLaMA-7B",
+        "first-order Taylor; the same share of each layer but the first eighth and last sixteenth",
+        "arXiv 2305.11627 (its script keeps layers 0-3 and 30-31 of LLaMA-7B)",
         allocation="uniform",
         one_shot=True,
         protected=(1 / 8, 1 / 16),
     ),
     Method(
         "flap",
-        "fluctuation of inputs, one threshold over all layers and kinds",
+        "fluctuation of inputs; one threshold for the units of all layers",
         "arXiv 2312.11983",
         estimator=FLUCTUATION,
         allocation="threshold",
@@ -88,7 +88,7 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         "wanda-sp",
-        "weights times norm of their inputs, the same share of each layer",
+        "weights times norm of their inputs; the same share of each layer",
         "arXiv 2306.11695, structured as in arXiv 2312.11983",
         estimator=WANDA,
         allocation="uniform",
@@ -96,7 +96,7 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         "magnitude",
-        "squared weights, the same share of each layer",
+        "squared weights; the same share of each layer",
         "baseline L2 of arXiv 2305.11627",
         estimator=MAGNITUDE_L2,
         allocation="uniform",
@@ -104,7 +104,7 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         "random",
-        "random units, the same share of each layer",
+        "random units; the same share of each layer",
         "baseline of arXiv 2305.11627",
         estimator=RANDOM,
         allocation="uniform",

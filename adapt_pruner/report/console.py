@@ -82,15 +82,14 @@ def show_pruned(console: Console, result: dict[str, Any]) -> None:
 
 
 def show_methods(console: Console, result: dict[str, Any]) -> None:
-    table = Table("method", "what it does", "estimator", "allocation", "rounds", "source", box=box.SIMPLE)
-    for m in result["methods"]:
-        rounds = "one" if m["one_shot"] else "iterations"
-        table.add_row(m["name"], m["summary"], m["estimator"], m["allocation"], rounds, m["source"])
-    console.print(table)
-    table = Table("estimator", "importance of a unit", "source", box=box.SIMPLE)
-    for e in result["estimators"]:
-        table.add_row(e["name"], e["summary"], e["source"])
-    console.print(table)
+    for what in ("method", "estimator"):
+        table = Table(box=box.SIMPLE)
+        table.add_column(what, no_wrap=True)
+        table.add_column("what it does" if what == "method" else "importance of a unit")
+        table.add_column("source")
+        for row in result[f"{what}s"]:
+            table.add_row(row["name"], row["summary"], row["source"])
+        console.print(table)
 
 
 def show_evaluated(console: Console, result: EvaluationResult) -> None:

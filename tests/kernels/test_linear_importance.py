@@ -25,9 +25,7 @@ def make_layer(tokens: int, out: int, features: int, dtypes: str = "fp32") -> tu
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (5, 12, 7), (3, 7, 2100), (40, 260, 300), (2, 1050, 1100), (3, 2100, 2100)]
-)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 12, 7), (3, 7, 2100), (40, 260, 300), (2, 1050, 1100), (3, 2100, 2100)])
 def test_matches_oracle(native_cpu: str, dtypes: str, dim: int, shape: tuple[int, int, int]) -> None:
     """At most twice the error of the plain expression in the same dtype."""
     x, dy, weight = make_layer(*shape, dtypes)
