@@ -17,16 +17,21 @@ if TYPE_CHECKING:
     from adapt_pruner.config import BenchConfig, EvaluateConfig, InspectConfig, PruneConfig
     from adapt_pruner.evaluation.evaluate import EvaluationResult, evaluate
     from adapt_pruner.inspection import ModelSummary, summarize
+    from adapt_pruner.methods import METHODS, Method
     from adapt_pruner.plan import PruningPlan
     from adapt_pruner.pruner import PruneResult, prune
+    from adapt_pruner.scoring import Estimator
     from adapt_pruner.surgery import apply_plan
 
 _HOME = {
     "BenchConfig": "config",
     "BenchResult": "bench",
+    "Estimator": "scoring",
     "EvaluateConfig": "config",
     "EvaluationResult": "evaluation.evaluate",
     "InspectConfig": "config",
+    "METHODS": "methods",
+    "Method": "methods",
     "ModelSummary": "inspection",
     "PruneConfig": "config",
     "PruneResult": "pruner",
@@ -39,11 +44,14 @@ _HOME = {
 }
 
 __all__ = [
+    "METHODS",
     "BenchConfig",
     "BenchResult",
+    "Estimator",
     "EvaluateConfig",
     "EvaluationResult",
     "InspectConfig",
+    "Method",
     "ModelSummary",
     "PruneConfig",
     "PruneResult",

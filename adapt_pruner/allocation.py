@@ -13,6 +13,7 @@ Floats = npt.NDArray[np.float64]
 Counts = tuple[dict[str, int], ...]
 Normalization = Literal["max", "rank", "zscore_clip"]
 NORMALIZATIONS: tuple[Normalization, ...] = ("max", "rank", "zscore_clip")
+AllocationName = Literal["adaptive", "uniform", "global", "threshold", "reference"]
 
 MAX_SPARSITY = 0.99
 FINE_UNIT = "channel"  # the unit that is traded one by one to land on the budget
@@ -26,12 +27,14 @@ class UnitBudget:
         initial, current: per layer, number of units of each kind in the original model and now.
         cost: per layer, parameters of one unit of each kind.
         num_parameters: parameters of the model now.
+        protected: layers that lose nothing.
     """
 
     initial: Counts
     current: Counts
     cost: Counts
     num_parameters: int
+    protected: frozenset[int] = frozenset()
 
     def parameters(self, counts: Counts) -> int:
         """Parameters of the model once `counts` units remain."""
@@ -43,8 +46,13 @@ class UnitBudget:
 
     @property
     def floor(self) -> int:
-        """Parameters with one unit of each kind per layer: no budget below it can be met."""
-        return self.parameters(tuple(dict.fromkeys(layer, 1) for layer in self.current))
+        """Parameters with one unit of each kind per unprotected layer: no budget below it can be met."""
+        return self.parameters(
+            tuple(
+                layer if i in self.protected else dict.fromkeys(layer, 1)
+                for i, layer in enumerate(self.current)
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -88,18 +96,27 @@ def next_sparsity(
     return np.clip(sparsity + scale * (1 / iterations - amplitude * importance), 0.0, MAX_SPARSITY)
 
 
-def counts_at(budget: UnitBudget, sparsity: Floats) -> Counts:
+def counts_at(budget: UnitBudget, sparsity: Floats, rows: int | None = None) -> Counts:
     """Units each layer keeps at a cumulative sparsity; units never come back and one always stays.
 
     Channels round down; kv_groups go only when their full share is due.
+
+    Args:
+        rows: of a kv_group. Given, rows are counted as the published implementation does: those that stay
+            round down, so that a group goes up to a row early.
     """
     counts = []
-    for initial, current, s in zip(budget.initial, budget.current, sparsity.tolist(), strict=True):
-        layer = {}
+    for i, (initial, current) in enumerate(zip(budget.initial, budget.current, strict=True)):
+        s, layer = float(sparsity[i]), {}
         for kind, n in initial.items():
-            due = int(n * (1 - s)) if kind == FINE_UNIT else n - int(np.floor(n * s + 1e-9))
+            if kind == FINE_UNIT:
+                due = int(n * (1 - s))
+            elif rows is None:
+                due = n - int(np.floor(n * s + 1e-9))
+            else:
+                due = current[kind] - (current[kind] * rows - int(n * rows * (1 - s))) // rows
             layer[kind] = min(current[kind], max(1, due))
-        counts.append(layer)
+        counts.append(dict(current) if i in budget.protected else layer)
     return tuple(counts)
 
 
@@ -129,7 +146,7 @@ def allocate(
     """
 
     def step(scale: float) -> tuple[Floats, Counts]:
-        s = next_sparsity(sparsity, layer_importance, iterations, amplitude, scale)
+        s = _protecting(budget, next_sparsity(sparsity, layer_importance, iterations, amplitude, scale))
         return s, counts_at(budget, s)
 
     assert target >= budget.floor
@@ -150,6 +167,111 @@ def allocate(
     return Allocation(landed_sparsity, _trade(budget, counts, unit_importance, target), landed=True)
 
 
+def allocate_uniform(
+    budget: UnitBudget,
+    sparsity: Floats,
+    unit_importance: Sequence[Mapping[str, Floats]],
+    *,
+    target: int,
+    iterations: int,
+) -> Allocation:
+    """One iteration that takes the same share of every layer, landing as `allocate` does."""
+    equal = np.zeros(len(sparsity))
+    return allocate(
+        budget, sparsity, equal, unit_importance, target=target, iterations=iterations, amplitude=0.0
+    )
+
+
+def allocate_by_rank(
+    budget: UnitBudget,
+    unit_importance: Sequence[Mapping[str, Floats]],
+    *,
+    target: int,
+    iterations: int,
+    per_parameter: bool,
+) -> Allocation:
+    """One iteration that ranks the units of all layers and kinds together and removes them from the lowest.
+
+    Of `iterations` equal parts of what can be removed at all it removes one, and lands like `allocate` on
+    the target or on what that part leaves.
+
+    Args:
+        per_parameter: rank by importance per parameter; else by importance itself, which is one threshold
+            for all units. Either way a unit counts with its parameters towards the target.
+    Source: the threshold is FLAP's, arXiv 2312.11983 section 3.
+    """
+    assert target >= budget.floor
+    share = -((budget.floor - budget.parameters(budget.initial)) // iterations)
+    goal = max(target, budget.num_parameters - share)
+    places = [
+        (i, kind)
+        for i, layer in enumerate(budget.current)
+        for kind in layer
+        if i not in budget.protected and layer[kind] > 1
+    ]
+    prices, costs, owners = [], [], []
+    for place, (i, kind) in enumerate(places):
+        scores, cost = np.sort(unit_importance[i][kind])[:-1], budget.cost[i][kind]
+        prices.append(scores / cost if per_parameter else scores)
+        costs.append(np.full(len(scores), cost))
+        owners.append(np.full(len(scores), place))
+    counts = tuple(dict(layer) for layer in budget.current)
+    if places:
+        order = np.argsort(np.concatenate(prices), kind="stable")
+        removed = np.cumsum(np.concatenate(costs)[order])
+        taken = order[: np.searchsorted(removed, budget.num_parameters - goal)]
+        for (i, kind), count in zip(
+            places, np.bincount(np.concatenate(owners)[taken], minlength=len(places)).tolist(), strict=True
+        ):
+            counts[i][kind] -= count
+    counts = _trade(budget, counts, unit_importance, goal)
+    return Allocation(_removed_share(budget, counts), counts, landed=goal == target)
+
+
+def allocate_as_published(
+    budget: UnitBudget,
+    sparsity: Floats,
+    layer_importance: Floats,
+    *,
+    target: int,
+    iterations: int,
+    amplitude: float,
+    rows: int,
+) -> Allocation:
+    """One iteration as the published implementation does it: rows are counted, and nothing lands.
+
+    The last iteration is the first that brings the model to the target or below, by up to a whole iteration.
+
+    Args:
+        rows: of a kv_group, as in `counts_at`.
+    Raises:
+        ValueError: no further iteration would remove anything, and the target is not met.
+    Source: the published implementation of arXiv 2502.03460.
+    """
+    s = _protecting(budget, next_sparsity(sparsity, layer_importance, iterations, amplitude))
+    counts = counts_at(budget, s, rows)
+    if counts == budget.current and np.array_equal(s, sparsity):
+        raise ValueError(
+            f"the allocation 'reference' stops at {budget.num_parameters:,} parameters, above the target "
+            f"{target:,}: it removes no more than {MAX_SPARSITY:.0%} of a layer and does not trade"
+        )
+    return Allocation(s, counts, landed=budget.parameters(counts) <= target)
+
+
+def _protecting(budget: UnitBudget, sparsity: Floats) -> Floats:
+    sparsity[list(budget.protected)] = 0.0
+    return sparsity
+
+
+def _removed_share(budget: UnitBudget, counts: Counts) -> Floats:
+    """Per layer, fraction of the parameters of its initial units that are gone."""
+    shares = []
+    for initial, after, cost in zip(budget.initial, counts, budget.cost, strict=True):
+        before = sum(initial[kind] * cost[kind] for kind in initial)
+        shares.append(1 - sum(after[kind] * cost[kind] for kind in initial) / before)
+    return np.array(shares)
+
+
 def _trade(
     budget: UnitBudget, counts: Counts, unit_importance: Sequence[Mapping[str, Floats]], target: int
 ) -> Counts:
@@ -158,6 +280,7 @@ def _trade(
     kv_groups go only if the channels cannot carry what is left.
     """
     counts = tuple(dict(layer) for layer in counts)
+    free = [i for i in range(len(counts)) if i not in budget.protected]
     ascending = [{kind: np.sort(scores) for kind, scores in layer.items()} for layer in unit_importance]
 
     def next_price(layer: int, kind: str) -> float:
@@ -165,19 +288,19 @@ def _trade(
         return float(ascending[layer][kind][removed]) / budget.cost[layer][kind]
 
     def removable(kind: str) -> list[int]:
-        return [i for i, layer in enumerate(counts) if layer[kind] > 1]
+        return [i for i in free if counts[i][kind] > 1]
 
     coarse = [kind for kind in counts[0] if kind != FINE_UNIT]
     while budget.parameters(counts) - target > sum(
-        (layer[FINE_UNIT] - 1) * cost[FINE_UNIT] for layer, cost in zip(counts, budget.cost, strict=True)
+        (counts[i][FINE_UNIT] - 1) * budget.cost[i][FINE_UNIT] for i in free
     ):
         _, layer, kind = min((next_price(i, kind), i, kind) for kind in coarse for i in removable(kind))
         counts[layer][kind] -= 1
 
     prices, owners = [], []
-    for i, layer_counts in enumerate(counts):
+    for i in free:
         scores = ascending[i][FINE_UNIT]
-        removed = len(scores) - layer_counts[FINE_UNIT]
+        removed = len(scores) - counts[i][FINE_UNIT]
         candidates = scores[removed : len(scores) - 1] / budget.cost[i][FINE_UNIT]
         prices.append(candidates)
         owners.append(np.full(len(candidates), i))
@@ -189,7 +312,7 @@ def _trade(
         counts[i][FINE_UNIT] -= 1
         excess -= budget.cost[i][FINE_UNIT]
     # Where a whole group had to go, channels removed before it may fit again.
-    for i in sorted(range(len(counts)), key=lambda i: -_last_removed(ascending[i][FINE_UNIT], counts[i])):
+    for i in sorted(free, key=lambda i: -_last_removed(ascending[i][FINE_UNIT], counts[i])):
         room = min(-excess // budget.cost[i][FINE_UNIT], budget.current[i][FINE_UNIT] - counts[i][FINE_UNIT])
         if room > 0:
             counts[i][FINE_UNIT] += room

@@ -39,6 +39,7 @@ _COMMANDS: dict[str, tuple[type | None, tuple[str, ...], str]] = {
     "evaluate": (EvaluateConfig, ("model",), "perplexity and multiple-choice accuracy"),
     "inspect": (InspectConfig, ("model",), "widths, parameters, FLOPs and KV cache, layer by layer"),
     "bench": (BenchConfig, ("suite",), "time of the kernels beside plain PyTorch and the memory's limits"),
+    "methods": (None, (), "methods and estimators of prune, one line and the source each"),
     "doctor": (None, (), "versions, built ops, and which backends work here"),
     "demo": (None, (), "prune SmolLM2-135M to 80% and show the result"),
 }
@@ -221,6 +222,17 @@ def _bench(arguments: Namespace) -> Shown:
     return result.to_dict(), lambda console: show.show_benchmark(console, result), int(result.failed)
 
 
+def _methods(arguments: Namespace) -> Shown:
+    from adapt_pruner.methods import METHODS
+    from adapt_pruner.scoring import ESTIMATORS
+
+    result = {
+        "methods": [method.to_dict() for method in METHODS],
+        "estimators": [{"name": e.name, "summary": e.summary, "source": e.source} for e in ESTIMATORS],
+    }
+    return result, lambda console: show.show_methods(console, result)
+
+
 def _doctor(arguments: Namespace) -> Shown:
     from adapt_pruner.doctor import diagnose
 
@@ -244,6 +256,7 @@ _RUN: dict[str, Callable[[Namespace], Shown]] = {
     "evaluate": _evaluate,
     "inspect": _inspect,
     "bench": _bench,
+    "methods": _methods,
     "doctor": _doctor,
     "demo": _demo,
 }

@@ -18,7 +18,18 @@ class PruneConfig:
         target: what to keep: a fraction of the parameters (0.8) or a count of parameters (108M).
         output: run directory to create.
         target_of: what the target refers to: all parameters, or those outside embedding and head.
+        method: preset of the settings below that are the method's if not given; `adapt-pruner methods` lists
+            them.
+        estimator: how important a unit is: taylor_first, taylor_vectorize, taylor_second, taylor_mixed,
+            taylor_reference, magnitude_l1, magnitude_l2, wanda, fluctuation or random.
+        allocation: how much each layer loses: by layer importance (adaptive), the same share (uniform), what
+            units ranked together over all layers by importance per parameter (global) or by importance
+            (threshold) leave it, or as the published implementation has it, without landing (reference).
+        gqa_credit: the KV group that a query head counts for: its own (owner), or as in the published
+            implementation number Q modulo the groups (modulo).
+        protected_layers: layers that lose nothing, such as 0-3,30,-1 (the last), or none.
         iterations: pruning rounds that would remove everything; each removes 1/iterations on average.
+            One-shot methods ignore it.
         amplitude: how far a layer's share of a round may differ from the average.
         layer_metric: how far a layer's output is from its input.
         normalize: how layer importance is brought to [-1, 1].
@@ -45,6 +56,11 @@ class PruneConfig:
     target: float | str
     output: str
     target_of: Literal["all", "non-embedding"] = "all"
+    method: str = "adapt-pruner"
+    estimator: str | None = None
+    allocation: Literal["adaptive", "uniform", "global", "threshold", "reference"] | None = None
+    gqa_credit: Literal["owner", "modulo"] | None = None
+    protected_layers: str | None = None
     iterations: int = 50
     amplitude: float = 0.02
     layer_metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"
@@ -103,11 +119,12 @@ def _require(name: str, value: Any, expected: str, holds: bool) -> None:
 
 
 def _require_choices(config: Any) -> None:
-    """Every field with a Literal type has one of its values."""
+    """Every field with a Literal type has one of its values, or is None where it may be."""
     for name, kind in get_type_hints(type(config)).items():
-        if get_origin(kind) is Literal:
-            value = getattr(config, name)
-            _require(name, value, f"one of {get_args(kind)}", value in get_args(kind))
+        value = getattr(config, name)
+        for choices in (kind, *get_args(kind)):
+            if get_origin(choices) is Literal and not (value is None and choices is not kind):
+                _require(name, value, f"one of {get_args(choices)}", value in get_args(choices))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from adapt_pruner.allocation import Floats, UnitBudget, allocate, normalize_importance, select_units
+from adapt_pruner.allocation import (
+    Allocation,
+    Floats,
+    UnitBudget,
+    allocate,
+    allocate_as_published,
+    allocate_by_rank,
+    allocate_uniform,
+    normalize_importance,
+    select_units,
+)
 from adapt_pruner.assets import resolve_model
 from adapt_pruner.checkpoint import (
     Checkpoint,
@@ -30,9 +40,11 @@ from adapt_pruner.config import PruneConfig, parse_target
 from adapt_pruner.data import TokenizedDocuments, check_vocabulary, load_documents, sample_sequences, tokenize
 from adapt_pruner.engines.in_memory import InMemoryEngine, resolve_device
 from adapt_pruner.families import Family, find_family, layer_widths, unit_costs, unit_counts
+from adapt_pruner.methods import Method, parse_layers, resolve
 from adapt_pruner.plan import Indices, PruningPlan
 from adapt_pruner.report.plots import plot_run
 from adapt_pruner.run import RunDirectory
+from adapt_pruner.scoring import Estimator, Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +74,9 @@ class PruneResult:
     metrics: dict[str, Any]
 
 
-def prune(config: PruneConfig, *, on_iteration: OnIteration | None = None) -> PruneResult:
+def prune(
+    config: PruneConfig, *, method: Method | None = None, on_iteration: OnIteration | None = None
+) -> PruneResult:
     """Prunes a model to a parameter budget and writes a run directory.
 
     What headers and text tell is checked before any weight is loaded, and the weights before the run
@@ -70,6 +84,7 @@ def prune(config: PruneConfig, *, on_iteration: OnIteration | None = None) -> Pr
     iteration and ends with the same bytes.
 
     Args:
+        method: instead of the one that `config` names, such as one of your own.
         on_iteration: called after each finished iteration.
     Raises:
         ValueError: a setting, the model, the target or the calibration text does not fit; the message names
@@ -81,6 +96,8 @@ def prune(config: PruneConfig, *, on_iteration: OnIteration | None = None) -> Pr
     checkpoint = open_checkpoint(resolve_model(config.model))
     family = find_family(checkpoint.config.get("model_type"))
     budget, embeddings = _header_budget(checkpoint, family)
+    config, estimator = resolve(config, len(budget.initial), method)
+    budget = _protecting(config, budget)
     target = resolve_target(config, budget, embeddings)
     output = Path(config.output)
     RunDirectory(output).check(config, resume=config.resume)
@@ -92,7 +109,7 @@ def prune(config: PruneConfig, *, on_iteration: OnIteration | None = None) -> Pr
     engine = InMemoryEngine(checkpoint, device=config.device, dtype=config.dtype, backend=config.backend)
     run = RunDirectory.open(output, config, resume=config.resume)
     try:
-        _prune(config, run, engine, tokens, budget, embeddings, target, on_iteration)
+        _prune(config, estimator, run, engine, tokens, budget, embeddings, target, on_iteration)
         return _result(run)
     finally:
         run.close()
@@ -128,6 +145,11 @@ def _header_budget(checkpoint: Checkpoint, family: Family) -> tuple[UnitBudget, 
     costs = unit_costs(family, widths, shapes)
     embeddings = sum(checkpoint.tensors[n].numel for n in family.embeddings if n in checkpoint.tensors)
     return UnitBudget(counts, counts, costs, checkpoint.num_parameters), embeddings
+
+
+def _protecting(config: PruneConfig, budget: UnitBudget) -> UnitBudget:
+    protected = parse_layers(config.protected_layers or "none", len(budget.initial))
+    return dataclasses.replace(budget, protected=protected)
 
 
 def _saved_bytes(config: PruneConfig, checkpoint: Checkpoint, target: int) -> int:
@@ -166,6 +188,7 @@ def _draw(config: PruneConfig, tokens: TokenizedDocuments, iteration: int) -> to
 
 def _prune(
     config: PruneConfig,
+    estimator: Estimator,
     run: RunDirectory,
     engine: InMemoryEngine,
     tokens: TokenizedDocuments,
@@ -201,7 +224,7 @@ def _prune(
         while engine.num_parameters > target:
             iteration += 1
             record, keep, sparsity = _iterate(
-                config, engine, tokens, budget.initial, sparsity, target, iteration
+                config, estimator, engine, tokens, budget.initial, sparsity, target, iteration
             )
             plan = dataclasses.replace(
                 plan,
@@ -232,6 +255,7 @@ def _prune(
 
 def _iterate(
     config: PruneConfig,
+    estimator: Estimator,
     engine: InMemoryEngine,
     tokens: TokenizedDocuments,
     initial: tuple[dict[str, int], ...],
@@ -246,18 +270,15 @@ def _iterate(
         micro_batch_size=config.micro_batch_size,
         metric=config.layer_metric,
         gradients=config.gradients,
+        estimator=estimator,
+        gqa_credit=config.gqa_credit or "owner",
+        seed=(config.seed, iteration),
     )
     clock.append(time.perf_counter())
     layer_importance = normalize_importance(scores.layer_importance, config.normalize)
-    allocation = allocate(
-        engine.budget(initial),
-        sparsity,
-        layer_importance,
-        scores.unit_importance,
-        target=target,
-        iterations=config.iterations,
-        amplitude=config.amplitude,
-    )
+    budget = _protecting(config, engine.budget(initial))
+    rows = engine.widths[0].head_dim
+    allocation = _allocate(config, budget, sparsity, layer_importance, scores, target, rows)
     keep = tuple(
         {kind: select_units(importance[kind], count) for kind, count in counts.items()}
         for importance, counts in zip(scores.unit_importance, allocation.counts, strict=True)
@@ -286,12 +307,34 @@ def _iterate(
     return record, keep, allocation.sparsity
 
 
+def _allocate(
+    config: PruneConfig,
+    budget: UnitBudget,
+    sparsity: Floats,
+    layer_importance: Floats,
+    scores: Scores,
+    target: int,
+    rows_of_head: int,
+) -> Allocation:
+    units = scores.unit_importance
+    rounds: dict[str, int] = {"target": target, "iterations": config.iterations}
+    if config.allocation == "uniform":
+        return allocate_uniform(budget, sparsity, units, **rounds)
+    if config.allocation in ("global", "threshold"):
+        return allocate_by_rank(budget, units, per_parameter=config.allocation == "global", **rounds)
+    adaptive: dict[str, Any] = {**rounds, "amplitude": config.amplitude}
+    if config.allocation == "reference":
+        return allocate_as_published(budget, sparsity, layer_importance, rows=rows_of_head, **adaptive)
+    assert config.allocation == "adaptive"
+    return allocate(budget, sparsity, layer_importance, units, **adaptive)
+
+
 def _plan_settings(config: PruneConfig) -> dict[str, Any]:
     """What decided the plan; where it was written and on what it ran is not part of it."""
     settings = dataclasses.asdict(config)
     for key in ("output", "resume", "device", "backend", "gradients"):
         del settings[key]
-    return {"method": "adapt-pruner", **settings}
+    return settings
 
 
 def _metrics(

@@ -15,6 +15,7 @@ from adapt_pruner.families import find_family, layer_widths, unit_costs, unit_co
 from adapt_pruner.kernels.backends import choose_backend
 from adapt_pruner.plan import Indices
 from adapt_pruner.scoring import Scores, score
+from adapt_pruner.scoring.estimators import TAYLOR_FIRST, Estimator, GqaCredit
 from adapt_pruner.scoring.gradients import Gradients
 from adapt_pruner.scoring.layers import Metric
 from adapt_pruner.surgery import prune_layer
@@ -119,8 +120,11 @@ class InMemoryEngine:
         micro_batch_size: int,
         metric: Metric = "cosine",
         gradients: Gradients = "auto",
+        estimator: Estimator = TAYLOR_FIRST,
+        gqa_credit: GqaCredit = "owner",
+        seed: tuple[int, ...] = (0,),
     ) -> Scores:
-        """Unit and layer importance from one forward and backward pass; `batch` is [sequences, length]."""
+        """Unit and layer importance from one pass over `batch`, [sequences, length]; see `scoring.score`."""
         return score(
             self.model,
             self.family,
@@ -129,6 +133,9 @@ class InMemoryEngine:
             micro_batch_size=micro_batch_size,
             metric=metric,
             gradients=gradients,
+            estimator=estimator,
+            gqa_credit=gqa_credit,
+            seed=seed,
             backend=self._backend,
         )
 

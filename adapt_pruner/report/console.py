@@ -81,6 +81,17 @@ def show_pruned(console: Console, result: dict[str, Any]) -> None:
     )
 
 
+def show_methods(console: Console, result: dict[str, Any]) -> None:
+    for what in ("method", "estimator"):
+        table = Table(box=box.SIMPLE)
+        table.add_column(what, no_wrap=True)
+        table.add_column("what it does" if what == "method" else "importance of a unit")
+        table.add_column("source")
+        for row in result[f"{what}s"]:
+            table.add_row(row["name"], row["summary"], row["source"])
+        console.print(table)
+
+
 def show_evaluated(console: Console, result: EvaluationResult) -> None:
     if result.perplexity:
         p = result.perplexity

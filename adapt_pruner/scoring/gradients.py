@@ -6,7 +6,8 @@ Both ways are contexts to run the passes in; what they yield gives the scores af
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -62,19 +63,59 @@ def _fused_problem(
 
 @contextlib.contextmanager
 def materialised_importance(
-    parameters: dict[str, nn.Parameter], sets: Sequence[UnitTensors], *, one_pass: bool, backend: str
+    parameters: dict[str, nn.Parameter],
+    sets: Sequence[UnitTensors],
+    *,
+    one_pass: bool,
+    backend: str,
+    mode: str = "first",
 ) -> Iterator[Importance]:
     """Keeps the gradients of the prunable tensors alone, summed over backward passes in fp32.
 
     A lower-precision model whose batch goes through in one pass keeps its own dtype: nothing is summed then.
     """
     names = [t.name for members in sets for t in members]
-    with _gradients_of(parameters, names, one_pass=one_pass) as gradients:
+    gradients: dict[str, Tensor] = {}
+    with _gradients_to(_adder(gradients, one_pass=one_pass), parameters, names):
 
         def importance() -> list[Tensor]:
             # From the last layer on, as the backward pass went: the NaN that came first is the one reported.
             backward = [_unit_set(members, parameters, gradients) for members in reversed(sets)]
-            return kernels.unit_importances(backward, backend=backend)[::-1]
+            return kernels.unit_importances(backward, mode=mode, backend=backend)[::-1]
+
+        yield importance
+
+
+@contextlib.contextmanager
+def fisher_importance(
+    parameters: dict[str, nn.Parameter],
+    sets: Sequence[UnitTensors],
+    *,
+    sequences: int,
+    backend: str,
+    mode: str,
+) -> Iterator[Importance]:
+    """Keeps the mean squared gradient over one backward pass per sequence, and the mean gradient for `mixed`.
+
+    Each pass is that of the mean loss of one sequence. Everything is summed in fp32.
+    """
+    names = [t.name for members in sets for t in members]
+    gradients: dict[str, Tensor] = {}
+    fishers: dict[str, Tensor] = {}
+    add_square, add = _adder(fishers, one_pass=False), _adder(gradients, one_pass=False)
+
+    def receive(name: str, gradient: Tensor) -> None:
+        add_square(name, gradient.float().square())
+        if mode == "mixed":
+            add(name, gradient)
+
+    with _gradients_to(receive, parameters, names):
+
+        def importance() -> list[Tensor]:
+            for total in (*gradients.values(), *fishers.values()):
+                total.div_(sequences)
+            backward = [_unit_set(members, parameters, gradients, fishers) for members in reversed(sets)]
+            return kernels.unit_importances(backward, mode=mode, backend=backend)[::-1]
 
         yield importance
 
@@ -120,7 +161,8 @@ def fused_importance(
         if t.name.endswith(".weight")
     ]
     try:
-        with _gradients_of(parameters, [t.name for t in biases], one_pass=True) as gradients:
+        gradients: dict[str, Tensor] = {}
+        with _gradients_to(_adder(gradients, one_pass=True), parameters, [t.name for t in biases]):
 
             def importance() -> list[Tensor]:
                 if biases:
@@ -136,13 +178,17 @@ def fused_importance(
 
 
 def _unit_set(
-    members: UnitTensors, parameters: dict[str, nn.Parameter], gradients: dict[str, Tensor]
+    members: UnitTensors,
+    parameters: dict[str, nn.Parameter],
+    gradients: Mapping[str, Tensor],
+    fishers: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> UnitSet:
     return UnitSet(
         [parameters[t.name].detach() for t in members],
-        [gradients[t.name] for t in members],
+        [gradients[t.name] for t in members if gradients],
         [t.dim for t in members],
         [t.group_size for t in members],
+        [fishers[t.name] for t in members if fishers],
         names=[t.name for t in members],
     )
 
@@ -154,27 +200,35 @@ def _sum_in_order(scores: Sequence[Tensor]) -> Tensor:
     return total.float()
 
 
+def _adder(sums: dict[str, Tensor], *, one_pass: bool) -> Callable[[str, Tensor], None]:
+    """Adds gradients up in fp32, or keeps the only one as it is."""
+
+    def add(name: str, gradient: Tensor) -> None:
+        if name in sums:
+            sums[name].add_(gradient)
+        else:
+            sums[name] = gradient if one_pass else gradient.float()
+
+    return add
+
+
 @contextlib.contextmanager
-def _gradients_of(
-    parameters: dict[str, nn.Parameter], names: Collection[str], *, one_pass: bool
-) -> Iterator[dict[str, Tensor]]:
-    """Gradients of the named parameters, summed over backward passes in fp32 unless there is only one.
+def _gradients_to(
+    receive: Callable[[str, Tensor], None], parameters: dict[str, nn.Parameter], names: Collection[str]
+) -> Iterator[None]:
+    """Hands over the gradient of each named parameter in every backward pass, and keeps none.
 
     No other parameter gets any. Embeddings, head and norms need none, which saves a fifth of the arithmetic
     on a small model with a large vocabulary.
     """
-    gradients: dict[str, Tensor] = {}
     wanted, required = set(names), {name: p.requires_grad for name, p in parameters.items()}
 
     def collect(name: str) -> Any:
         def hook(parameter: Tensor) -> None:
-            grad = parameter.grad
-            assert grad is not None
+            gradient = parameter.grad
+            assert gradient is not None
             parameter.grad = None
-            if name in gradients:
-                gradients[name].add_(grad)
-            else:
-                gradients[name] = grad if one_pass else grad.float()
+            receive(name, gradient)
 
         return hook
 
@@ -182,7 +236,7 @@ def _gradients_of(
         parameter.requires_grad_(name in wanted)
     handles = [parameters[name].register_post_accumulate_grad_hook(collect(name)) for name in names]
     try:
-        yield gradients
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""First-order Taylor importance from one forward and one backward pass over the calibration batch."""
+"""Importance of units and layers from one pass over the calibration batch, with a backward pass if asked."""
 
 from __future__ import annotations
 
@@ -12,12 +12,8 @@ from torch import Tensor, nn
 
 from adapt_pruner.allocation import Floats
 from adapt_pruner.families import Family, LayerWidths
-from adapt_pruner.scoring.gradients import (
-    Gradients,
-    fused_importance,
-    materialised_importance,
-    uses_fused,
-)
+from adapt_pruner.scoring.estimators import TAYLOR_FIRST, Crediting, Estimator, GqaCredit, Subject
+from adapt_pruner.scoring.gradients import Gradients, Importance, fused_importance, uses_fused
 from adapt_pruner.scoring.layers import LayerImportance, Metric
 
 
@@ -45,19 +41,26 @@ def score(
     micro_batch_size: int,
     metric: Metric = "cosine",
     gradients: Gradients = "auto",
+    estimator: Estimator = TAYLOR_FIRST,
+    gqa_credit: GqaCredit = "owner",
+    seed: tuple[int, ...] = (0,),
     backend: str = "auto",
 ) -> Scores:
-    """Importance of every unit and layer from the gradient of the mean loss over the whole batch.
+    """Importance of every unit and layer from one pass over the calibration batch.
 
-    The result does not depend on the micro-batch size beyond rounding: gradients are summed over all
-    micro-batches before the absolute value is taken, in fp32. Only prunable weights get a gradient, and with
-    fused gradients only prunable biases.
+    The result does not depend on the micro-batch size beyond rounding, except for `taylor_reference`:
+    gradients are summed over all micro-batches before the absolute value is taken, in fp32. Only prunable
+    weights get a gradient, with fused gradients only prunable biases, and none where the estimator needs
+    none: then nothing is recorded for a backward pass.
 
     Args:
         batch: [sequences, length] int64 token ids on the model's device; every position but the first of
             each sequence is a label.
-        micro_batch_size: sequences per forward and backward pass.
+        micro_batch_size: sequences per forward and backward pass; one for estimators that ask for it.
         gradients: whether gradients of weights exist; see `PruneConfig`.
+        estimator: how units are scored.
+        gqa_credit: which kv_group a query head counts for; see `Crediting`.
+        seed: of random estimators.
     Raises:
         NonFiniteError: a weight, an activation or a gradient holds NaN or infinity.
         ValueError: the loss is not finite, or the gradients cannot be fused.
@@ -65,16 +68,18 @@ def score(
     """
     parameters = dict(model.named_parameters())
     kinds = [kind.name for kind in family.unit_kinds]
-    sets = [
-        family.unit_tensors(kind, layer, layer_widths, parameters)
-        for layer, layer_widths in enumerate(widths)
-        for kind in family.unit_kinds
-    ]
-    one_pass = batch.shape[0] <= micro_batch_size
-    if uses_fused(gradients, model, sets, batch, micro_batch_size):
-        scoring = fused_importance(model, parameters, sets, backend=backend)
-    else:
-        scoring = materialised_importance(parameters, sets, one_pass=one_pass, backend=backend)
+    crediting = Crediting.plan(
+        [
+            (layer_widths, family.unit_tensors(kind, layer, layer_widths, parameters))
+            for layer, layer_widths in enumerate(widths)
+            for kind in family.unit_kinds
+        ],
+        credit=gqa_credit,
+        biases=estimator.biases,
+    )
+    scoring = _scoring(
+        estimator, model, parameters, crediting, batch, micro_batch_size, gradients, seed, backend
+    )
     layers = model.get_submodule(family.layers_module)
     assert isinstance(layers, nn.ModuleList)
     num_labels = batch.shape[0] * (batch.shape[1] - 1)
@@ -83,26 +88,62 @@ def score(
         _evaluating(model),
         scoring as unit_importance,
         LayerImportance(layers, metric, backend) as layer_importance,
+        torch.set_grad_enabled(estimator.loss is not None),
     ):
-        for sequences in batch.split(micro_batch_size):
+        for sequences in batch.split(1 if estimator.loss == "sequence" else micro_batch_size):
             # Passing the label count makes the micro-batch losses add up to the mean over the whole batch.
             # Only the loss is kept of the output: its logits would outlive their use by a backward pass.
+            share = 1.0 if estimator.loss in (None, "batch") else sequences.shape[0] / batch.shape[0]
             part = model(
-                input_ids=sequences, labels=sequences, num_items_in_batch=num_labels, use_cache=False
+                input_ids=sequences,
+                labels=sequences,
+                num_items_in_batch=round(num_labels * share),
+                use_cache=False,
             ).loss
-            loss += part.detach().double().cpu()
+            loss += share * part.detach().double().cpu()
             if not torch.isfinite(loss):
                 layer_importance.result()  # names the layer, if it is one
                 raise ValueError(
                     f"the calibration loss is {loss.item()}: weights or activations overflow in {model.dtype}"
                 )
-            part.backward()
+            if estimator.loss is not None:
+                part.backward()
         layer_scores = layer_importance.result()
-        unit_scores = _to_host(unit_importance())
+        unit_scores = _to_host(crediting.add_up(unit_importance()))
     per_layer = [unit_scores[i : i + len(kinds)] for i in range(0, len(unit_scores), len(kinds))]
     return Scores(
         loss.item(), layer_scores, tuple(dict(zip(kinds, scores, strict=True)) for scores in per_layer)
     )
+
+
+def _scoring(
+    estimator: Estimator,
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    crediting: Crediting,
+    batch: Tensor,
+    micro_batch_size: int,
+    gradients: Gradients,
+    seed: tuple[int, ...],
+    backend: str,
+) -> contextlib.AbstractContextManager[Importance]:
+    """The context of an estimator."""
+    if not estimator.fusible:
+        if gradients == "fused":
+            raise ValueError(f"gradients is 'fused': the estimator {estimator.name} cannot be scored so")
+    elif uses_fused(gradients, model, crediting.sets, batch, micro_batch_size):
+        return fused_importance(model, parameters, crediting.sets, backend=backend)
+    subject = Subject(
+        model,
+        parameters,
+        crediting.sets,
+        crediting.head_dims,
+        sequences=batch.shape[0],
+        one_pass=batch.shape[0] <= micro_batch_size,
+        seed=seed,
+        backend=backend,
+    )
+    return estimator.observe(subject)
 
 
 def _to_host(scores: Sequence[Tensor]) -> list[Floats]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 from adapt_pruner.allocation import (
     UnitBudget,
     allocate,
+    allocate_as_published,
+    allocate_by_rank,
+    allocate_uniform,
     counts_at,
     next_sparsity,
     normalize_importance,
@@ -444,3 +448,136 @@ def test_select_all_and_one():
 def test_unit_importance_that_is_not_finite_is_counted():
     with pytest.raises(ValueError, match="2 unit importances are not finite"):
         select_units(np.array([1.0, math.nan, math.inf]), 1)
+
+
+# Other allocations
+
+
+def random_scores(budget: UnitBudget, seed=0, shift=0.0):
+    rng = np.random.default_rng(seed)
+    return [
+        {kind: rng.random(n) * 10 ** rng.random() - shift for kind, n in c.items()} for c in budget.current
+    ]
+
+
+def test_uniform_takes_the_same_share_of_every_layer():
+    budget = make_budget([(4, 100), (4, 200), (2, 50)], channel_cost=10, group_cost=100)
+    target = budget.parameters(
+        tuple({"kv_group": g // 2, "channel": c // 2} for g, c in [(4, 100), (4, 200), (2, 50)])
+    )
+    done = allocate_uniform(budget, np.zeros(3), random_scores(budget), target=target, iterations=1)
+    assert done.landed
+    assert done.sparsity.tolist() == pytest.approx([done.sparsity[0]] * 3)
+    # At s a touch below one half no group has its full share; the rest is traded.
+    rest = budget.parameters(done.counts)
+    assert target - 10 < rest <= target
+    step = allocate_uniform(budget, np.zeros(3), random_scores(budget), target=target, iterations=10)
+    assert step.counts == tuple(
+        {"kv_group": g, "channel": c * 9 // 10} for g, c in [(4, 100), (4, 200), (2, 50)]
+    )
+    assert not step.landed
+
+
+@pytest.mark.parametrize("per_parameter", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_ranking_takes_the_lowest_units_wherever_they_are(per_parameter, seed):
+    budget = make_budget([(4, 20), (3, 30), (2, 15)], channel_cost=10, group_cost=60)
+    shift = 0.0 if per_parameter else 2.0  # standardised scores are negative
+    scores = random_scores(budget, seed, shift)
+    target = int(0.75 * budget.num_parameters)
+    done = allocate_by_rank(budget, scores, target=target, iterations=1, per_parameter=per_parameter)
+    # One after the other, the lowest first, until the next one would reach the target.
+    units = sorted(
+        (value / budget.cost[i][kind] if per_parameter else value, i, kind)
+        for i, layer in enumerate(scores)
+        for kind, values in layer.items()
+        for value in sorted(values)[:-1]
+    )
+    expected = [dict(layer) for layer in budget.current]
+    for _, i, kind in units:
+        if budget.parameters(expected) - budget.cost[i][kind] <= target:
+            break
+        expected[i][kind] -= 1
+    assert [c["kv_group"] for c in done.counts] == [c["kv_group"] for c in expected]
+    assert all(a["channel"] <= b["channel"] for a, b in zip(done.counts, expected, strict=True))
+    traded = sum(b["channel"] - a["channel"] for a, b in zip(done.counts, expected, strict=True))
+    assert traded <= 6 + 1  # the price of the group that did not fit
+    assert target - 10 < budget.parameters(done.counts) <= target
+    assert done.landed
+    before = [60 * g + 10 * c for g, c in [(4, 20), (3, 30), (2, 15)]]
+    after = [60 * c["kv_group"] + 10 * c["channel"] for c in done.counts]
+    assert done.sparsity.tolist() == pytest.approx([1 - a / b for a, b in zip(after, before, strict=True)])
+
+
+def test_importance_per_parameter_and_importance_rank_differently():
+    budget = make_budget([(2, 10)], channel_cost=10, group_cost=50)
+    scores = [{"kv_group": np.array([2.0, 9.0]), "channel": np.full(10, 1.0)}]
+    kept = {}
+    for per_parameter in (True, False):
+        done = allocate_by_rank(budget, scores, target=1140, iterations=1, per_parameter=per_parameter)
+        kept[per_parameter] = done.counts[0]
+    assert kept == {True: {"kv_group": 1, "channel": 9}, False: {"kv_group": 2, "channel": 4}}
+
+
+def test_ranking_in_rounds_removes_an_equal_part_in_each():
+    layers = [(4, 40), (2, 60)]
+    budget = make_budget(layers, channel_cost=10, group_cost=100)
+    target, seen = budget.floor + 300, []
+    while budget.num_parameters > target:
+        done = allocate_by_rank(
+            budget, random_scores(budget), target=target, iterations=5, per_parameter=True
+        )
+        seen.append(budget.num_parameters - budget.parameters(done.counts))
+        assert done.landed == (budget.parameters(done.counts) <= target)
+        current = [(c["kv_group"], c["channel"]) for c in done.counts]
+        budget = make_budget(layers, channel_cost=10, group_cost=100, current=current)
+    part = (make_budget(layers, group_cost=100).num_parameters - budget.floor) / 5
+    assert len(seen) == 4  # 276 of 1380 in each, 1080 in all
+    assert all(part <= removed < part + 10 for removed in seen[:-1])
+    assert target - 10 < budget.num_parameters <= target
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_protected_layers_keep_everything_under_every_allocation(seed):
+    budget = make_budget([(3, 30), (3, 30), (3, 30), (3, 30)], channel_cost=10, group_cost=200)
+    budget = dataclasses.replace(budget, protected=frozenset({0, 3}))
+    assert budget.floor == 1000 + 2 * (900 - 0) + 2 * 210
+    scores, importance = random_scores(budget, seed), np.array([-1.0, 1.0, 0.5, -0.5])
+    rounds = {"iterations": 1}
+    for target in (budget.floor, budget.floor + 35, budget.num_parameters - 115):
+        for done in (
+            allocate(budget, np.zeros(4), importance, scores, target=target, amplitude=0.01, **rounds),
+            allocate_uniform(budget, np.zeros(4), scores, target=target, **rounds),
+            allocate_by_rank(budget, scores, target=target, per_parameter=True, **rounds),
+            allocate_by_rank(budget, scores, target=target, per_parameter=False, **rounds),
+        ):
+            assert done.counts[0] == done.counts[3] == {"kv_group": 3, "channel": 30}
+            assert done.sparsity[0] == done.sparsity[3] == 0
+            assert min(done.counts[1].values()) >= 1
+            if done.landed:
+                assert target - 10 < budget.parameters(done.counts) <= target
+            else:
+                assert target == budget.floor
+
+
+def test_published_counts_are_of_rows():
+    """Of 48 rows int(48 * 0.68) = 32 stay at s = 0.32, which is one group of 16 less, up to a row early."""
+    budget = make_budget([(3, 208)], channel_cost=10, group_cost=100)
+    for s, groups in ((0.0, 3), (0.3, 3), (0.32, 2), (0.334, 2), (0.64, 2), (0.65, 1), (0.99, 1)):
+        assert counts_at(budget, np.array([s]), rows=16)[0]["kv_group"] == groups, s
+    # Ours wait until the whole share is due.
+    assert counts_at(budget, np.array([0.3333]))[0]["kv_group"] == 3
+    assert counts_at(budget, np.array([0.3334]))[0]["kv_group"] == 2
+
+
+def test_the_published_allocation_overshoots_and_says_when_it_cannot_go_on():
+    budget = make_budget([(3, 200)], channel_cost=10, group_cost=100)
+    rounds = {"iterations": 4, "amplitude": 0.0, "rows": 16}
+    done = allocate_as_published(budget, np.zeros(1), np.zeros(1), target=3200, **rounds)
+    assert (done.counts, done.landed) == (({"kv_group": 3, "channel": 150},), True)
+    assert budget.parameters(done.counts) == 1000 + 300 + 1500
+    again = allocate_as_published(budget, np.zeros(1), np.zeros(1), target=2000, **rounds)
+    assert not again.landed
+    spent = make_budget([(3, 200)], channel_cost=10, group_cost=100, current=[(1, 2)])
+    with pytest.raises(ValueError, match=r"stops at 1,120 parameters, above the target 1,110"):
+        allocate_as_published(spent, np.full(1, 0.99), np.zeros(1), target=1110, **rounds)

@@ -16,6 +16,7 @@ import yaml
 from adapt_pruner import cli
 from adapt_pruner.checkpoint import config_hash, open_checkpoint
 from adapt_pruner.config import ApplyConfig, BenchConfig, EvaluateConfig, InspectConfig, PruneConfig
+from adapt_pruner.methods import resolve
 from adapt_pruner.plan import PruningPlan
 
 SMALL = ["--iterations", "4", "--num-sequences", "4", "--sequence-length", "16", "--micro-batch-size", "2"]
@@ -211,9 +212,8 @@ def test_settings_come_from_a_file_and_the_command_line_wins(
     )
     assert status == 0, err
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert saved == dataclasses.asdict(
-        PruneConfig(**(settings | {"output": str(tmp_path / "run"), "seed": 6}))
-    )
+    given = PruneConfig(**(settings | {"output": str(tmp_path / "run"), "seed": 6}))
+    assert saved == dataclasses.asdict(resolve(given, num_layers=4)[0])  # with what the method decides
     assert json.loads(out)["parameters_target"] == int(0.9 * json.loads(out)["parameters_before"])
     assert not (tmp_path / "from-file").exists()
 
@@ -359,6 +359,7 @@ def test_warnings_are_one_line_on_stderr(command, monkeypatch, tiny_models):
         ("evaluate", EvaluateConfig),
         ("inspect", InspectConfig),
         ("bench", BenchConfig),
+        ("methods", None),
         ("doctor", None),
         ("demo", None),
     ],
@@ -377,7 +378,7 @@ def test_help_mentions_every_setting(command, name, config):
 def test_help_describes_commands_and_settings(command):
     status, out, _ = command("--help")
     assert status == 0
-    for name in ("prune", "apply", "evaluate", "inspect", "bench", "doctor", "demo"):
+    for name in ("prune", "apply", "evaluate", "inspect", "bench", "methods", "doctor", "demo"):
         assert re.search(rf"^\s+{name}\s+\w+", out, re.MULTILINE), name
     text = " ".join(command("prune", "--help")[1].split())
     assert "prune a model to a parameter budget" in text

@@ -1,0 +1,88 @@
+"""Importance of units from the activations that their output columns multiply; no backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapt_pruner import kernels
+from adapt_pruner.families import UnitTensor
+from adapt_pruner.kernels import ActivationStats
+from adapt_pruner.scoring.gradients import Importance, UnitTensors
+
+WeightColumns = Callable[[str], Tensor]  # a mode of unit_importance -> [columns], summed over rows
+# Weight and statistics of its input -> [columns] float64. The last is the columns a unit's score is the mean
+# over: head_dim for those of heads, 1 for channels.
+ColumnScore = Callable[[WeightColumns, ActivationStats, int], Tensor]
+
+
+@contextlib.contextmanager
+def activation_importance(
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    sets: Sequence[UnitTensors],
+    column_score: ColumnScore,
+    head_dims: Sequence[int],
+    backend: str,
+) -> Iterator[Importance]:
+    """Scores units by the columns of their output-side matrix (`down_proj`, `o_proj`), summed over each unit.
+
+    A set without such a matrix scores zero.
+
+    Raises:
+        NonFiniteError: an input holds NaN or infinity.
+        ValueError: an output-side matrix is not the weight of an nn.Linear.
+    """
+    stats: dict[str, ActivationStats] = {}
+
+    def watch(tensor: UnitTensor) -> Any:
+        module = model.get_submodule(tensor.name.removesuffix(".weight"))
+        if not isinstance(module, nn.Linear):
+            raise ValueError(f"{tensor.name} is of a {type(module).__name__}, expected an nn.Linear")
+        weight = module.weight
+        stats[tensor.name] = ActivationStats.zeros(weight.shape[1], weight.device)
+
+        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            stats[tensor.name].update(args[0].detach(), backend=backend)
+
+        return module.register_forward_pre_hook(record)
+
+    def columns(tensor: UnitTensor, head_dim: int) -> Tensor:
+        weight, seen = parameters[tensor.name].detach(), stats[tensor.name]
+        if not bool(torch.isfinite(seen.mean).all() & torch.isfinite(seen.m2).all()):
+            raise kernels.NonFiniteError(f"input of {tensor.name}: expected finite activations")
+
+        def weight_columns(mode: str) -> Tensor:
+            return kernels.unit_importance(
+                [weight], [], [1], [1], names=[tensor.name], mode=mode, backend=backend
+            )
+
+        return column_score(weight_columns, seen, 1 if tensor.group_size == 1 else head_dim)
+
+    def importance() -> list[Tensor]:
+        scores = []
+        for members, head_dim in zip(sets, head_dims, strict=True):
+            first = parameters[members[0].name]
+            units = first.shape[members[0].dim] // members[0].group_size
+            total = torch.zeros(units, dtype=torch.float64, device=first.device)
+            for tensor in members:
+                if tensor.name in stats:
+                    total += columns(tensor, head_dim).view(units, -1).sum(1)
+            scores.append(total.float())
+        return scores
+
+    with contextlib.ExitStack() as hooks:
+        for tensor in (t for members in sets for t in members if t.dim == 1):
+            hooks.callback(watch(tensor).remove)
+        yield importance
+
+
+def standardised(values: Tensor) -> Tensor:
+    """Values with mean 0 and standard deviation 1; all equal gives all zeros."""
+    centred = values - values.mean()
+    deviation = centred.square().sum().div(max(1, len(values) - 1)).sqrt()
+    return torch.where(deviation > 0, centred / deviation, torch.zeros_like(centred))
