@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import os
 import re
 import shutil
@@ -46,6 +47,7 @@ from adapt_pruner.kernels import (
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "resources.csv"
+DIGEST = RESULTS.with_suffix(".sha256")  # of the sources that the table is about
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -334,6 +336,16 @@ def _demangled(symbol: str) -> dict[str, str]:
     return {"kernel": match.group(1), "variant": re.sub(r".*[:)]", "", match.group(2) or "")}
 
 
+def sources_digest() -> str:
+    """Of every file that decides what the compilers make: a table of other sources is stale."""
+    sources = [ROOT / "csrc" / "kernels.h", *(ROOT / "csrc" / "cuda").iterdir(), Path(__file__)]
+    sources += (ROOT / "adapt_pruner" / "kernels").glob("triton_*.py")
+    digest = hashlib.sha256(f"triton {triton.__version__}".encode())
+    for path in sorted(sources):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -351,6 +363,7 @@ def main() -> None:
         writer = csv.DictWriter(file, [field.name for field in fields(Resources)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+    output.with_suffix(DIGEST.suffix).write_text(sources_digest() + "\n")
     print(f"{len(rows)} kernels -> {output}")
 
 

@@ -90,8 +90,14 @@ def test_a_kernel_that_spills_is_noticed() -> None:
 
 
 def test_table_of_resources_is_complete_and_without_spills() -> None:
+    stale = "compiled from other sources: run benchmarks/resources.py"
+    assert resources.DIGEST.read_text().strip() == resources.sources_digest(), stale
     with resources.RESULTS.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["source"] == "triton"]
+        all_rows = list(csv.DictReader(file))
+    cuda = [row for row in all_rows if row["source"] == "cuda"]
+    assert {row["target"] for row in cuda} == {target for target in resources.TARGETS if target[:2] == "sm"}
+    assert [row for row in cuda if row["stack"] != "0"] == []
+    rows = [row for row in all_rows if row["source"] == "triton"]
     expected = {
         (launch.kernel.__name__, launch.variant, target)
         for launch in resources.all_launches()
