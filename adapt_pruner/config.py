@@ -18,6 +18,8 @@ class PruneConfig:
         target: what to keep: a fraction of the parameters (0.8) or a count of parameters (108M).
         output: run directory to create.
         target_of: what the target refers to: all parameters, or those outside embedding and head.
+        granularity: what attention is pruned by: whole KV groups (kv_group), or as many query heads of each
+            remaining KV group of a layer (query_head).
         iterations: pruning rounds that would remove everything; each removes 1/iterations on average.
         amplitude: how far a layer's share of a round may differ from the average.
         layer_metric: how far a layer's output is from its input.
@@ -45,6 +47,7 @@ class PruneConfig:
     target: float | str
     output: str
     target_of: Literal["all", "non-embedding"] = "all"
+    granularity: Literal["kv_group", "query_head"] = "kv_group"
     iterations: int = 50
     amplitude: float = 0.02
     layer_metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"

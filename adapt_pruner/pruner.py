@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from adapt_pruner.allocation import Floats, UnitBudget, allocate, normalize_importance, select_units
+from adapt_pruner.allocation import (
+    Floats,
+    UnitBudget,
+    allocate,
+    bundle_importance,
+    normalize_importance,
+    select_units,
+)
 from adapt_pruner.assets import resolve_model
 from adapt_pruner.checkpoint import (
     Checkpoint,
@@ -29,7 +36,14 @@ from adapt_pruner.checkpoint import (
 from adapt_pruner.config import PruneConfig, parse_target
 from adapt_pruner.data import TokenizedDocuments, check_vocabulary, load_documents, sample_sequences, tokenize
 from adapt_pruner.engines.in_memory import InMemoryEngine, resolve_device
-from adapt_pruner.families import Family, find_family, layer_widths, unit_costs, unit_counts
+from adapt_pruner.families import (
+    Family,
+    find_family,
+    layer_widths,
+    removal_counts,
+    unit_costs,
+    unit_counts,
+)
 from adapt_pruner.plan import Indices, PruningPlan
 from adapt_pruner.report.plots import plot_run
 from adapt_pruner.run import RunDirectory
@@ -79,7 +93,7 @@ def prune(config: PruneConfig, *, on_iteration: OnIteration | None = None) -> Pr
     Source: arXiv 2502.03460 section 3, algorithm.md section 4.
     """
     checkpoint = open_checkpoint(resolve_model(config.model))
-    family = find_family(checkpoint.config.get("model_type"))
+    family = find_family(checkpoint.config.get("model_type")).with_granularity(config.granularity)
     budget, embeddings = _header_budget(checkpoint, family)
     target = resolve_target(config, budget, embeddings)
     output = Path(config.output)
@@ -89,7 +103,13 @@ def prune(config: PruneConfig, *, on_iteration: OnIteration | None = None) -> Pr
     resolve_device(config.device)
     require_free_space(output, _saved_bytes(config, checkpoint, target))
     tokens = _calibration_tokens(config, checkpoint)
-    engine = InMemoryEngine(checkpoint, device=config.device, dtype=config.dtype, backend=config.backend)
+    engine = InMemoryEngine(
+        checkpoint,
+        device=config.device,
+        dtype=config.dtype,
+        backend=config.backend,
+        granularity=config.granularity,
+    )
     run = RunDirectory.open(output, config, resume=config.resume)
     try:
         _prune(config, run, engine, tokens, budget, embeddings, target, on_iteration)
@@ -123,7 +143,7 @@ def resolve_target(config: PruneConfig, budget: UnitBudget, embeddings: int) -> 
 def _header_budget(checkpoint: Checkpoint, family: Family) -> tuple[UnitBudget, int]:
     """Budget and embedding parameters from the headers alone."""
     widths = layer_widths(checkpoint.config)
-    counts = unit_counts(family, widths)
+    counts = removal_counts(family, widths)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     costs = unit_costs(family, widths, shapes)
     embeddings = sum(checkpoint.tensors[n].numel for n in family.embeddings if n in checkpoint.tensors)
@@ -174,14 +194,15 @@ def _prune(
     target: int,
     on_iteration: OnIteration | None,
 ) -> None:
+    units = unit_counts(engine.family, engine.widths)
     plan = PruningPlan(
         base_model=config.model,
         config_hash=config_hash(engine.checkpoint.config),
         weight_fingerprint=engine.checkpoint.fingerprint(),
         family=engine.family.name,
         settings=_plan_settings(config),
-        initial_units=budget.initial,
-        keep_indices=tuple({k: np.arange(n) for k, n in layer.items()} for layer in budget.initial),
+        initial_units=units,
+        keep_indices=tuple({k: np.arange(n) for k, n in layer.items()} for layer in units),
     )
     sparsity: Floats = np.zeros(len(budget.initial))
     iteration = 0
@@ -222,7 +243,7 @@ def _prune(
     records = run.iterations()
     write_json(run.metrics, _metrics(engine, budget, embeddings, target, records))
     if records:
-        plot_run(records, run.path / "widths.png", initial=budget.initial)
+        plot_run(records, run.path / "widths.png", initial=units)
     if not run.model.exists():
         with atomic_directory(run.model) as partial:
             engine.save(partial)
@@ -249,18 +270,25 @@ def _iterate(
     )
     clock.append(time.perf_counter())
     layer_importance = normalize_importance(scores.layer_importance, config.normalize)
+    lanes = [{kind.name: kind.lanes(w) for kind in engine.family.unit_kinds} for w in engine.widths]
+    bundled = tuple(
+        {kind: bundle_importance(values, layer_lanes[kind]) for kind, values in layer.items()}
+        for layer, layer_lanes in zip(scores.unit_importance, lanes, strict=True)
+    )
     allocation = allocate(
         engine.budget(initial),
         sparsity,
         layer_importance,
-        scores.unit_importance,
+        bundled,
         target=target,
         iterations=config.iterations,
         amplitude=config.amplitude,
     )
     keep = tuple(
-        {kind: select_units(importance[kind], count) for kind, count in counts.items()}
-        for importance, counts in zip(scores.unit_importance, allocation.counts, strict=True)
+        {kind: select_units(importance[kind], count, layer_lanes[kind]) for kind, count in counts.items()}
+        for importance, counts, layer_lanes in zip(
+            scores.unit_importance, allocation.counts, lanes, strict=True
+        )
     )
     clock.append(time.perf_counter())
     engine.remove_units(keep)
@@ -273,7 +301,7 @@ def _iterate(
         "sparsity": allocation.sparsity.tolist(),
         "layer_importance": scores.layer_importance.tolist(),
         "layer_importance_normalised": layer_importance.tolist(),
-        "units": list(allocation.counts),
+        "units": [{kind: len(indices) for kind, indices in layer.items()} for layer in keep],
         "unit_importance": [
             {
                 kind: {"min": float(v.min()), "mean": float(v.mean()), "max": float(v.max())}

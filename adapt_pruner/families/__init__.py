@@ -2,18 +2,23 @@
 
 from adapt_pruner.families.base import (
     Family,
+    Granularity,
     LayerWidths,
+    Segment,
     UnitKind,
     UnitTensor,
     is_uniform,
     layer_widths,
+    removal_counts,
     unit_costs,
     unit_counts,
 )
+from adapt_pruner.families.gemma import GEMMA2, GEMMA3
 from adapt_pruner.families.llama import LLAMA
-from adapt_pruner.families.qwen import QWEN2
+from adapt_pruner.families.phi import PHI3
+from adapt_pruner.families.qwen import QWEN2, QWEN3
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3)
 
 
 def find_family(model_type: str | None) -> Family:
@@ -28,19 +33,22 @@ def find_family(model_type: str | None) -> Family:
     known = sorted(t for family in FAMILIES for t in family.model_types)
     raise ValueError(
         f"unknown architecture: model_type is {model_type!r}, expected one of {known}; "
-        "to add one, describe its tensors in adapt_pruner/families/ and list it in FAMILIES"
+        "docs/families.md shows how to add one"
     )
 
 
 __all__ = [
     "FAMILIES",
     "Family",
+    "Granularity",
     "LayerWidths",
+    "Segment",
     "UnitKind",
     "UnitTensor",
     "find_family",
     "is_uniform",
     "layer_widths",
+    "removal_counts",
     "unit_costs",
     "unit_counts",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import FAMILIES as TINY_FAMILIES
 from tiny import SHAPE, make_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -170,7 +171,7 @@ def test_biases_belong_to_a_unit_where_the_model_has_them(model_type, kind, bias
     assert seen == {f"model.layers.1.{name}": (0, size) for name, size in biases.items()}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("model_type", TINY_FAMILIES)
 def test_units_cover_every_layer_tensor_that_has_a_prunable_axis(model_type):
     shapes = shapes_of(make_model(model_type))
     family = find_family(model_type)
@@ -180,8 +181,9 @@ def test_units_cover_every_layer_tensor_that_has_a_prunable_axis(model_type):
         for kind in family.unit_kinds
         for t in family.unit_tensors(kind, layer, WIDTHS, shapes)
     }
-    # No two sizes in SHAPE are equal: 88 channels, 80 query rows, 40 key and value rows, 48 hidden.
-    prunable = {n for n, s in shapes.items() if ".layers." in n and set(s) & {88, 80, 40}}
+    # No two sizes in SHAPE are equal: 88 channels, 80 query rows, 40 key and value rows, 48 hidden. Phi-3 has
+    # 160 rows of queries, keys and values in one tensor, and 176 of gate and up.
+    prunable = {n for n, s in shapes.items() if ".layers." in n and set(s) & {88, 80, 40, 160, 176}}
     assert covered == prunable
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from adapt_pruner import PruneConfig, PruningPlan, apply_plan, prune, summarize
@@ -49,7 +50,7 @@ def bytes_of(run):
     return {name: path.read_bytes() for name, path in files.items()}
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("target", [0.9, 0.8, 0.7, 0.5])
 def test_lands_on_the_target(settings, tiny_models, family, target):
     seen = []
@@ -211,7 +212,7 @@ def test_reference_and_native_ops_give_the_same_plan(settings, tmp_path, threads
     assert plans[0] == plans[1]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_fused_and_materialised_gradients_give_the_same_plan(settings, tmp_path, family):
     fused, materialised = (
         prune(settings(family, gradients=name, micro_batch_size=8, output=str(tmp_path / name)))
