@@ -39,6 +39,7 @@ _COMMANDS: dict[str, tuple[type | None, tuple[str, ...], str]] = {
     "evaluate": (EvaluateConfig, ("model",), "perplexity and multiple-choice accuracy"),
     "inspect": (InspectConfig, ("model",), "widths, parameters, FLOPs and KV cache, layer by layer"),
     "bench": (BenchConfig, ("suite",), "time of the kernels beside plain PyTorch and the memory's limits"),
+    "families": (None, (), "the architectures that can be pruned"),
     "doctor": (None, (), "versions, built ops, and which backends work here"),
     "demo": (None, (), "prune SmolLM2-135M to 80% and show the result"),
 }
@@ -221,6 +222,13 @@ def _bench(arguments: Namespace) -> Shown:
     return result.to_dict(), lambda console: show.show_benchmark(console, result), int(result.failed)
 
 
+def _families(arguments: Namespace) -> Shown:
+    from adapt_pruner.families import FAMILIES
+
+    result = {f.name: {"model_types": list(f.model_types), "models": f.models} for f in FAMILIES}
+    return result, lambda console: show.show_families(console, result)
+
+
 def _doctor(arguments: Namespace) -> Shown:
     from adapt_pruner.doctor import diagnose
 
@@ -244,6 +252,7 @@ _RUN: dict[str, Callable[[Namespace], Shown]] = {
     "evaluate": _evaluate,
     "inspect": _inspect,
     "bench": _bench,
+    "families": _families,
     "doctor": _doctor,
     "demo": _demo,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -114,6 +115,7 @@ def _tell_modules(layer: nn.Module, widths: LayerWidths, *, config: bool) -> Non
     heads, kv_heads = widths.num_attention_heads, widths.num_key_value_heads
     names = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
     remembered = {**names, "num_heads": heads, "num_key_value_groups": heads // kv_heads}
+    module: Any
     for module in layer.modules():
         for name, value in remembered.items():
             if isinstance(module.__dict__.get(name), int):

@@ -124,6 +124,7 @@ class Family:
     `layer_prefix` has a `{layer}` field. `embeddings` are the tensors that "non-embedding" leaves out.
     Tensor names are the same in a live module and in a checkpoint on disk. `config_widths` says that the
     stock forward pass reads widths from the config of its modules and not from the shapes of their tensors.
+    `models` names well-known ones for people to read.
     """
 
     name: str
@@ -133,6 +134,7 @@ class Family:
     embeddings: tuple[str, ...]
     unit_kinds: tuple[UnitKind, ...]
     config_widths: bool = False
+    models: str = ""
 
     def with_granularity(self, granularity: Granularity) -> Family:
         """The family with attention pruned by whole KV groups, or by query heads.
@@ -206,7 +208,8 @@ def attention_kv_group(prefix: str = "self_attn") -> UnitKind:
 
 def fused_gated_mlp_channel(prefix: str = "mlp") -> UnitKind:
     """A channel where gate and up are one tensor: a row in each half of it, a column of down."""
-    name, parts = f"{prefix}.gate_up_proj.weight", ("channel", "channel")
+    name = f"{prefix}.gate_up_proj.weight"
+    parts: tuple[Part, ...] = ("channel", "channel")
     return UnitKind(
         "channel",
         (
@@ -219,7 +222,8 @@ def fused_gated_mlp_channel(prefix: str = "mlp") -> UnitKind:
 
 def fused_attention_kv_group(prefix: str = "self_attn") -> UnitKind:
     """A KV head with its query heads where q, k and v are one tensor."""
-    name, parts = f"{prefix}.qkv_proj.weight", ("query", "kv", "kv")
+    name = f"{prefix}.qkv_proj.weight"
+    parts: tuple[Part, ...] = ("query", "kv", "kv")
     return UnitKind(
         "kv_group",
         (

@@ -14,5 +14,11 @@ GEMMA2 = Family(
     layers_module="model.layers",
     embeddings=("model.embed_tokens.weight", "lm_head.weight"),
     unit_kinds=(attention_kv_group(), gated_mlp_channel()),
+    models="Gemma 2",
 )
-GEMMA3 = replace(GEMMA2, name="gemma3", model_types=("gemma3_text", "adapt_gemma3_text"))
+GEMMA3 = replace(
+    GEMMA2,
+    name="gemma3",
+    model_types=("gemma3_text", "adapt_gemma3_text"),
+    models="Gemma 3, text models (270M, 1B)",
+)

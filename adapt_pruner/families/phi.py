@@ -9,5 +9,6 @@ PHI3 = Family(
     layers_module="model.layers",
     embeddings=("model.embed_tokens.weight", "lm_head.weight"),
     unit_kinds=(fused_attention_kv_group(), fused_gated_mlp_channel()),
+    models="Phi-3, Phi-3.5, Phi-4, without vision or experts",
     config_widths=True,
 )

@@ -14,5 +14,6 @@ QWEN2 = Family(
     layers_module="model.layers",
     embeddings=("model.embed_tokens.weight", "lm_head.weight"),
     unit_kinds=(attention_kv_group(), gated_mlp_channel()),
+    models="Qwen2, Qwen2.5",
 )
-QWEN3 = replace(QWEN2, name="qwen3", model_types=("qwen3", "adapt_qwen3"))
+QWEN3 = replace(QWEN2, name="qwen3", model_types=("qwen3", "adapt_qwen3"), models="Qwen3, dense")

@@ -57,7 +57,7 @@ class PerLayerConfigMixin:
         super().__post_init__(**kwargs)
         # Remote loaders look up the base model too (vLLM builds it through AutoModel), which saving alone
         # does not write.
-        stem, family = __name__.rpartition(".")[2], type(self).__name__.removesuffix("Config")
+        stem, family = type(self).__module__.rpartition(".")[2], type(self).__name__.removesuffix("Config")
         self.auto_map = {
             "AutoConfig": f"{stem}.{family}Config",
             "AutoModel": f"{stem}.{family}Model",
@@ -249,7 +249,7 @@ class AdaptPhi3Config(PerLayerConfigMixin, Phi3Config):
     model_type = "adapt_phi3"
 
     def validate_rope(self) -> None:
-        """The stock check, its widths from head_dim: hidden_size // num_attention_heads no longer gives it."""
+        """The stock check with head_dim, which hidden_size // num_attention_heads no longer gives."""
         super(Phi3Config, self).validate_rope()
         rope = self.rope_parameters
         expected = int(self.head_dim * rope["partial_rotary_factor"]) // 2

@@ -10,6 +10,7 @@ import pytest
 from adapt_pruner.allocation import (
     UnitBudget,
     allocate,
+    bundle_importance,
     counts_at,
     next_sparsity,
     normalize_importance,
@@ -444,3 +445,16 @@ def test_select_all_and_one():
 def test_unit_importance_that_is_not_finite_is_counted():
     with pytest.raises(ValueError, match="2 unit importances are not finite"):
         select_units(np.array([1.0, math.nan, math.inf]), 1)
+
+
+# Lanes of units that shrink alike
+
+
+def test_lanes_lose_their_own_least_important_units():
+    scores = np.array([5.0, 1.0, 3.0, 2.0, 9.0, 4.0])  # two lanes of three
+    assert select_units(scores, 2, lanes=2).tolist() == [0, 2, 4, 5]
+    assert select_units(scores, 1, lanes=2).tolist() == [0, 4]
+    assert select_units(scores, 3, lanes=2).tolist() == list(range(6))
+    # What goes first costs 1 + 2, then 3 + 4, then 5 + 9.
+    assert bundle_importance(scores, 2).tolist() == [3.0, 7.0, 14.0]
+    assert bundle_importance(scores, 1) is scores

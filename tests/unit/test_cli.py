@@ -80,6 +80,18 @@ def test_inspect_for_people(command, tiny_models):
         json.loads(out)
 
 
+def test_families(command):
+    status, out, err = command("families", "--json")
+    assert (status, err) == (0, "")
+    shown = json.loads(out)
+    assert shown["gemma3"]["model_types"] == ["gemma3_text", "adapt_gemma3_text"]
+    status, out, _ = command("families")
+    assert status == 0
+    lines = out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == list(shown)  # one line each
+    assert all(shown[line.partition(":")[0]]["model_types"][0] in line for line in lines)
+
+
 def test_doctor(command):
     from adapt_pruner import kernels
 
@@ -359,6 +371,7 @@ def test_warnings_are_one_line_on_stderr(command, monkeypatch, tiny_models):
         ("evaluate", EvaluateConfig),
         ("inspect", InspectConfig),
         ("bench", BenchConfig),
+        ("families", None),
         ("doctor", None),
         ("demo", None),
     ],
@@ -377,7 +390,7 @@ def test_help_mentions_every_setting(command, name, config):
 def test_help_describes_commands_and_settings(command):
     status, out, _ = command("--help")
     assert status == 0
-    for name in ("prune", "apply", "evaluate", "inspect", "bench", "doctor", "demo"):
+    for name in ("prune", "apply", "evaluate", "inspect", "bench", "families", "doctor", "demo"):
         assert re.search(rf"^\s+{name}\s+\w+", out, re.MULTILINE), name
     text = " ".join(command("prune", "--help")[1].split())
     assert "prune a model to a parameter budget" in text

@@ -16,8 +16,8 @@ from transformers import DynamicCache
 from adapt_pruner.checkpoint import config_hash, open_checkpoint
 from adapt_pruner.config import InspectConfig
 from adapt_pruner.engines.in_memory import load_model
-from adapt_pruner.inspection import inspect_model, ratios, summarize
 from adapt_pruner.families import find_family
+from adapt_pruner.inspection import inspect_model, ratios, summarize
 from adapt_pruner.plan import PruningPlan
 from adapt_pruner.surgery import apply_plan
 
