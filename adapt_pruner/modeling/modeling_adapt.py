@@ -77,6 +77,10 @@ class PerLayerConfigMixin:
                     f"layer {i}: intermediate_size is {layer.intermediate_size}, expected 1 or more"
                 )
 
+    def validate_rope(self) -> None:
+        with _readable_maxima(self):
+            super().validate_rope()
+
     def to_dict(self) -> dict[str, Any]:
         """The stock dictionary, with the rotary settings under their older names too.
 
@@ -104,6 +108,19 @@ def _largest_widths(config: PreTrainedConfig) -> Iterator[None]:
         yield
     finally:
         config.per_layer_config = per_layer_config
+
+
+@contextlib.contextmanager
+def _readable_maxima(config: PreTrainedConfig) -> Iterator[None]:
+    """Lets stock checks read the maxima, where they do so for a head_dim that is given anyway."""
+    if config.allow_global_per_layer_attribute_access:
+        yield
+        return
+    config.allow_global_per_layer_attribute_access = True
+    try:
+        yield
+    finally:
+        del config.__dict__["allow_global_per_layer_attribute_access"]  # or it would be saved
 
 
 class LayerConfigView:
@@ -143,6 +160,9 @@ class PerLayerModelMixin:
                     if getattr(module, "config", None) is layer_config:
                         module.config = shared
                 self.layers[i] = narrow
+            # Frequencies that change with the length of the text: read for a head_dim that is given anyway.
+            heads = max(layer_config.num_attention_heads for layer_config in config.per_layer_config)
+            self.rotary_emb.config = LayerConfigView(config, num_attention_heads=heads)
         self.post_init()
 
 
@@ -250,7 +270,8 @@ class AdaptPhi3Config(PerLayerConfigMixin, Phi3Config):
 
     def validate_rope(self) -> None:
         """The stock check with head_dim, which hidden_size // num_attention_heads no longer gives."""
-        super(Phi3Config, self).validate_rope()
+        with _readable_maxima(self):
+            super(Phi3Config, self).validate_rope()
         rope = self.rope_parameters
         expected = int(self.head_dim * rope["partial_rotary_factor"]) // 2
         for name in ("short_factor", "long_factor"):

@@ -199,13 +199,44 @@ def test_uniform_widths_need_no_custom_code_where_the_stock_config_takes_them(fa
     ] * 4
 
 
-def test_uniform_model_saves_as_stock_architecture(tmp_path):
-    model, logits = make_pruned("llama", keep=[([0, 1, 3], 40)] * 4)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_uniform_model_saves_as_stock_architecture(family, tmp_path):
+    model, logits = make_pruned(family, keep=[([0, 1, 3], 40)] * 4)
     model.save_pretrained(tmp_path)
     assert [f.name for f in tmp_path.glob("*.py")] == []
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded).__name__ == "LlamaForCausalLM"
+    assert type(loaded) is type(make_model(family))
     assert torch.equal(loaded(IDS).logits, logits)
+
+
+FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4], "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0]}
+ROPES = {
+    "partial": {"rope_type": "default", "partial_rotary_factor": 0.6},
+    "long": {"rope_type": "longrope", "original_max_position_embeddings": 8, **FACTORS},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("keep", [KEEP, [([0, 1, 3], 40)] * 4])
+@pytest.mark.parametrize(("family", "rope"), [("phi3", "partial"), ("phi3", "long"), ("llama", "dynamic")])
+def test_rotary_settings_survive(family, rope, keep, tmp_path):
+    # Texts are longer than the model was made for, so that "long" and "dynamic" are not as "default".
+    shape = {"hidden_size": 80, "max_position_embeddings": 8}
+    parameters = {"rope_theta": 5000.0, **ROPES[rope]}
+    model, logits = make_pruned(family, keep=keep, rope_parameters=parameters, **shape)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(IDS).logits, logits)
+    plain, _ = make_pruned(family, keep=keep, **shape)
+    assert not torch.allclose(plain(IDS).logits, logits)
+    config = json.loads((tmp_path / "config.json").read_text())
+    if config["model_type"].startswith("adapt_"):  # what readers look at that predate rope_parameters
+        assert config["rope_theta"] == 5000.0
+        assert config.get("partial_rotary_factor", 1.0) == parameters.get("partial_rotary_factor", 1.0)
+        for key in ("factor", "long_factor"):
+            assert (config["rope_scaling"] or {}).get(key) == parameters.get(key)
+    again = pruned_config(loaded.config, layer_widths(loaded.config.to_dict()))
+    assert again.rope_parameters == loaded.config.rope_parameters
 
 
 def test_heads_that_do_not_divide_are_refused(saved):
