@@ -65,7 +65,8 @@ def summarize(model: str | Path, *, context: int = 1024) -> ModelSummary:
     dtype = dtypes.most_common(1)[0][0]
     # Layers that look at a sliding window alone, where the config lists them.
     types = checkpoint.config.get("layer_types") or ["full_attention"] * len(widths)
-    windows = [checkpoint.config["sliding_window"] if t == "sliding_attention" else context for t in types]
+    window = checkpoint.config.get("sliding_window") or context
+    windows = [window if kind == "sliding_attention" else context for kind in types]
     layers = []
     for i, layer in enumerate(widths):
         prefix = family.layer_prefix.format(layer=i) + "."

@@ -160,9 +160,10 @@ class PerLayerModelMixin:
                     if getattr(module, "config", None) is layer_config:
                         module.config = shared
                 self.layers[i] = narrow
-            # Frequencies that change with the length of the text: read for a head_dim that is given anyway.
-            heads = max(layer_config.num_attention_heads for layer_config in config.per_layer_config)
-            self.rotary_emb.config = LayerConfigView(config, num_attention_heads=heads)
+            if hasattr(self, "rotary_emb"):
+                # Frequencies that follow the length of the text read it for a head_dim that is given anyway.
+                heads = max(layer_config.num_attention_heads for layer_config in config.per_layer_config)
+                self.rotary_emb.config = LayerConfigView(config, num_attention_heads=heads)
         self.post_init()
 
 

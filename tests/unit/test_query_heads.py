@@ -146,6 +146,17 @@ def test_lands_on_the_target_with_whole_groups(settings, family, target, tmp_pat
             assert torch.equal(tensor[-2 * KV * HEAD_DIM :], original[name][-2 * KV * HEAD_DIM :])
 
 
+def test_the_smallest_model_has_one_query_head_per_group(settings, tmp_path):
+    with pytest.raises(ValueError, match="below what one unit per layer leaves") as error:
+        prune(settings("mistral", target="2"))
+    floor = int(str(error.value).rpartition("expected ")[2].partition(" to")[0].replace(",", ""))
+    smallest = prune(settings("mistral", target=str(floor), iterations=3))
+    assert smallest.metrics["parameters_after"] == floor
+    for keep in smallest.plan.keep_indices:
+        assert (keep["query_head"] // (HEADS // KV)).tolist() == list(range(KV))
+        assert len(keep["channel"]) == 1
+
+
 def test_attention_with_one_kv_head_shrinks_by_query_heads(settings):
     model = make_model("gemma3_text", num_attention_heads=4, num_key_value_heads=1)
     config = settings("gemma3_text", model, target=0.7)
