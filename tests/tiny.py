@@ -30,7 +30,7 @@ FAMILIES = {
     "mistral": ("MistralConfig", "MistralForCausalLM", {}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
-    # Windows shorter than the tests' texts; every second, or every sixth but one, layer looks at everything.
+    # Windows shorter than the tests' texts, in two and in three of the four layers.
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {"sliding_window": 8, "query_pre_attn_scalar": 10}),
     "gemma3_text": (
         "Gemma3TextConfig",
