@@ -24,7 +24,8 @@ class UnitBudget:
     """How many units there are and what they cost.
 
     Attributes:
-        initial, current: per layer, number of units of each kind in the original model and now.
+        initial, current: per layer, number of units of each kind in the original model and now. Where lanes
+            of units shrink alike (query heads, one lane per KV head), one of each lane counts as one.
         cost: per layer, parameters of one unit of each kind.
         num_parameters: parameters of the model now.
         protected: layers that lose nothing.
@@ -325,13 +326,29 @@ def _last_removed(ascending: Floats, counts: Mapping[str, int]) -> float:
     return float(ascending[removed - 1]) if removed else -np.inf
 
 
-def select_units(importance: Floats, count: int) -> npt.NDArray[np.int64]:
-    """Sorted indices of the `count` most important units; of equal ones the later stays.
+def bundle_importance(importance: Floats, lanes: int) -> Floats:
+    """Importance of what goes at a time where several lanes of units must shrink alike.
+
+    Args:
+        importance: [lanes * units per lane].
+    Returns:
+        [units per lane], ascending: the sum over the lanes of the r-th least important unit of each. With
+        one lane, `importance` itself.
+    """
+    if lanes == 1:
+        return importance
+    together: Floats = np.sort(importance.reshape(lanes, -1), axis=1).sum(axis=0)
+    return together
+
+
+def select_units(importance: Floats, count: int, lanes: int = 1) -> npt.NDArray[np.int64]:
+    """Sorted indices of the `count` most important units of each lane; of equal ones the later stays.
 
     Raises:
         ValueError: scores that are not finite.
     """
     if not np.all(np.isfinite(importance)):
         raise ValueError(f"{int((~np.isfinite(importance)).sum())} unit importances are not finite")
-    order = np.argsort(importance, kind="stable")
-    return np.sort(order[len(order) - count :]).astype(np.int64)
+    order = np.argsort(importance.reshape(lanes, -1), axis=1, kind="stable")
+    first = np.arange(lanes)[:, None] * order.shape[1]
+    return np.sort((order[:, order.shape[1] - count :] + first).ravel()).astype(np.int64)

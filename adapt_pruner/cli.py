@@ -40,6 +40,7 @@ _COMMANDS: dict[str, tuple[type | None, tuple[str, ...], str]] = {
     "inspect": (InspectConfig, ("model",), "widths, parameters, FLOPs and KV cache, layer by layer"),
     "bench": (BenchConfig, ("suite",), "time of the kernels beside plain PyTorch and the memory's limits"),
     "methods": (None, (), "methods and estimators of prune, one line and the source each"),
+    "families": (None, (), "the architectures that can be pruned"),
     "doctor": (None, (), "versions, built ops, and which backends work here"),
     "demo": (None, (), "prune SmolLM2-135M to 80% and show the result"),
 }
@@ -233,6 +234,13 @@ def _methods(arguments: Namespace) -> Shown:
     return result, lambda console: show.show_methods(console, result)
 
 
+def _families(arguments: Namespace) -> Shown:
+    from adapt_pruner.families import FAMILIES
+
+    result = {f.name: {"model_types": list(f.model_types), "models": f.models} for f in FAMILIES}
+    return result, lambda console: show.show_families(console, result)
+
+
 def _doctor(arguments: Namespace) -> Shown:
     from adapt_pruner.doctor import diagnose
 
@@ -257,6 +265,7 @@ _RUN: dict[str, Callable[[Namespace], Shown]] = {
     "inspect": _inspect,
     "bench": _bench,
     "methods": _methods,
+    "families": _families,
     "doctor": _doctor,
     "demo": _demo,
 }

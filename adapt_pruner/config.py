@@ -28,6 +28,8 @@ class PruneConfig:
         gqa_credit: the KV group that a query head counts for: its own (owner), or as in the published
             implementation number Q modulo the groups (modulo).
         protected_layers: layers that lose nothing, such as 0-3,30,-1 (the last), or none.
+        granularity: what attention is pruned by: whole KV groups (kv_group), or as many query heads of each
+            remaining KV group of a layer (query_head).
         iterations: pruning rounds that would remove everything; each removes 1/iterations on average.
             One-shot methods ignore it.
         amplitude: how far a layer's share of a round may differ from the average.
@@ -61,6 +63,7 @@ class PruneConfig:
     allocation: Literal["adaptive", "uniform", "global", "threshold", "reference"] | None = None
     gqa_credit: Literal["owner", "modulo"] | None = None
     protected_layers: str | None = None
+    granularity: Literal["kv_group", "query_head"] = "kv_group"
     iterations: int = 50
     amplitude: float = 0.02
     layer_metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"

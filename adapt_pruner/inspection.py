@@ -63,12 +63,16 @@ def summarize(model: str | Path, *, context: int = 1024) -> ModelSummary:
     for info in checkpoint.tensors.values():
         dtypes[info.dtype] += info.numel
     dtype = dtypes.most_common(1)[0][0]
+    # Layers that look at a sliding window alone, where the config lists them.
+    types = checkpoint.config.get("layer_types") or ["full_attention"] * len(widths)
+    window = checkpoint.config.get("sliding_window") or context
+    windows = [window if kind == "sliding_attention" else context for kind in types]
     layers = []
     for i, layer in enumerate(widths):
         prefix = family.layer_prefix.format(layer=i) + "."
         weights = {n: t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
         matrices = sum(t.numel for t in weights.values() if len(t.shape) == 2)
-        attention = 4 * layer.num_attention_heads * layer.head_dim * context
+        attention = 4 * layer.num_attention_heads * layer.head_dim * min(context, windows[i])
         layers.append(
             LayerSummary(
                 layer,

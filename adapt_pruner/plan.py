@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adapt_pruner.checkpoint import write_text
-from adapt_pruner.families import Family, LayerWidths
+from adapt_pruner.families import Family, Granularity, LayerWidths
 
 FORMAT_VERSION = 1
 Indices = npt.NDArray[np.int64]
@@ -65,6 +65,11 @@ class PruningPlan:
         """sha256 over everything in the plan."""
         return _hash(self._payload())
 
+    @property
+    def granularity(self) -> Granularity:
+        """What attention was pruned by; its other unit kind is not in the plan."""
+        return "query_head" if "query_head" in self.initial_units[0] else "kv_group"
+
     def removes_nothing(self) -> bool:
         return all(
             len(keep[kind]) == initial[kind]
@@ -76,7 +81,8 @@ class PruningPlan:
         """Widths of the pruned model.
 
         Raises:
-            ValueError: the base widths are not those the plan was made for.
+            ValueError: the base widths are not those the plan was made for, or the KV heads of a layer would
+                be read by different numbers of query heads.
         """
         if len(base) != len(self.keep_indices):
             raise ValueError(f"the plan has {len(self.keep_indices)} layers, the model {len(base)}")
@@ -93,6 +99,13 @@ class PruningPlan:
                     raise ValueError(
                         f"layer {layer}: the model has {kind.count(widths)} units of {kind.name}, "
                         f"the plan was made for {initial[kind.name]}"
+                    )
+                lanes = kind.lanes(widths)
+                kept = np.bincount(keep[kind.name] * lanes // kind.count(widths), minlength=lanes)
+                if np.any(kept != kept[0]):
+                    raise ValueError(
+                        f"layer {layer}: the plan keeps {kept.tolist()} units of {kind.name} per KV group, "
+                        "expected equally many of each"
                     )
                 pruned = kind.resized(pruned, len(keep[kind.name]))
             result.append(pruned)

@@ -24,6 +24,7 @@ from adapt_pruner.allocation import (
     allocate_as_published,
     allocate_by_rank,
     allocate_uniform,
+    bundle_importance,
     normalize_importance,
     select_units,
 )
@@ -39,12 +40,19 @@ from adapt_pruner.checkpoint import (
 from adapt_pruner.config import PruneConfig, parse_target
 from adapt_pruner.data import TokenizedDocuments, check_vocabulary, load_documents, sample_sequences, tokenize
 from adapt_pruner.engines.in_memory import InMemoryEngine, resolve_device
-from adapt_pruner.families import Family, find_family, layer_widths, unit_costs, unit_counts
+from adapt_pruner.families import (
+    Family,
+    find_family,
+    layer_widths,
+    removal_counts,
+    unit_costs,
+    unit_counts,
+)
 from adapt_pruner.methods import Method, parse_layers, resolve
 from adapt_pruner.plan import Indices, PruningPlan
 from adapt_pruner.report.plots import plot_run
 from adapt_pruner.run import RunDirectory
-from adapt_pruner.scoring import Estimator, Scores
+from adapt_pruner.scoring import Estimator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +102,7 @@ def prune(
     Source: arXiv 2502.03460 section 3, algorithm.md section 4.
     """
     checkpoint = open_checkpoint(resolve_model(config.model))
-    family = find_family(checkpoint.config.get("model_type"))
+    family = find_family(checkpoint.config.get("model_type")).with_granularity(config.granularity)
     budget, embeddings = _header_budget(checkpoint, family)
     config, estimator = resolve(config, len(budget.initial), method)
     budget = _protecting(config, budget)
@@ -106,7 +114,13 @@ def prune(
     resolve_device(config.device)
     require_free_space(output, _saved_bytes(config, checkpoint, target))
     tokens = _calibration_tokens(config, checkpoint)
-    engine = InMemoryEngine(checkpoint, device=config.device, dtype=config.dtype, backend=config.backend)
+    engine = InMemoryEngine(
+        checkpoint,
+        device=config.device,
+        dtype=config.dtype,
+        backend=config.backend,
+        granularity=config.granularity,
+    )
     run = RunDirectory.open(output, config, resume=config.resume)
     try:
         _prune(config, estimator, run, engine, tokens, budget, embeddings, target, on_iteration)
@@ -140,7 +154,7 @@ def resolve_target(config: PruneConfig, budget: UnitBudget, embeddings: int) -> 
 def _header_budget(checkpoint: Checkpoint, family: Family) -> tuple[UnitBudget, int]:
     """Budget and embedding parameters from the headers alone."""
     widths = layer_widths(checkpoint.config)
-    counts = unit_counts(family, widths)
+    counts = removal_counts(family, widths)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     costs = unit_costs(family, widths, shapes)
     embeddings = sum(checkpoint.tensors[n].numel for n in family.embeddings if n in checkpoint.tensors)
@@ -197,14 +211,15 @@ def _prune(
     target: int,
     on_iteration: OnIteration | None,
 ) -> None:
+    units = unit_counts(engine.family, engine.widths)
     plan = PruningPlan(
         base_model=config.model,
         config_hash=config_hash(engine.checkpoint.config),
         weight_fingerprint=engine.checkpoint.fingerprint(),
         family=engine.family.name,
         settings=_plan_settings(config),
-        initial_units=budget.initial,
-        keep_indices=tuple({k: np.arange(n) for k, n in layer.items()} for layer in budget.initial),
+        initial_units=units,
+        keep_indices=tuple({k: np.arange(n) for k, n in layer.items()} for layer in units),
     )
     sparsity: Floats = np.zeros(len(budget.initial))
     iteration = 0
@@ -245,7 +260,7 @@ def _prune(
     records = run.iterations()
     write_json(run.metrics, _metrics(engine, budget, embeddings, target, records))
     if records:
-        plot_run(records, run.path / "widths.png", initial=budget.initial)
+        plot_run(records, run.path / "widths.png", initial=units)
     if not run.model.exists():
         with atomic_directory(run.model) as partial:
             engine.save(partial)
@@ -276,12 +291,19 @@ def _iterate(
     )
     clock.append(time.perf_counter())
     layer_importance = normalize_importance(scores.layer_importance, config.normalize)
+    lanes = [{kind.name: kind.lanes(w) for kind in engine.family.unit_kinds} for w in engine.widths]
+    bundled = tuple(
+        {kind: bundle_importance(values, layer_lanes[kind]) for kind, values in layer.items()}
+        for layer, layer_lanes in zip(scores.unit_importance, lanes, strict=True)
+    )
     budget = _protecting(config, engine.budget(initial))
     rows = engine.widths[0].head_dim
-    allocation = _allocate(config, budget, sparsity, layer_importance, scores, target, rows)
+    allocation = _allocate(config, budget, sparsity, layer_importance, bundled, target, rows)
     keep = tuple(
-        {kind: select_units(importance[kind], count) for kind, count in counts.items()}
-        for importance, counts in zip(scores.unit_importance, allocation.counts, strict=True)
+        {kind: select_units(importance[kind], count, layer_lanes[kind]) for kind, count in counts.items()}
+        for importance, counts, layer_lanes in zip(
+            scores.unit_importance, allocation.counts, lanes, strict=True
+        )
     )
     clock.append(time.perf_counter())
     engine.remove_units(keep)
@@ -294,7 +316,7 @@ def _iterate(
         "sparsity": allocation.sparsity.tolist(),
         "layer_importance": scores.layer_importance.tolist(),
         "layer_importance_normalised": layer_importance.tolist(),
-        "units": list(allocation.counts),
+        "units": [{kind: len(indices) for kind, indices in layer.items()} for layer in keep],
         "unit_importance": [
             {
                 kind: {"min": float(v.min()), "mean": float(v.mean()), "max": float(v.max())}
@@ -312,11 +334,10 @@ def _allocate(
     budget: UnitBudget,
     sparsity: Floats,
     layer_importance: Floats,
-    scores: Scores,
+    units: tuple[dict[str, Floats], ...],
     target: int,
     rows_of_head: int,
 ) -> Allocation:
-    units = scores.unit_importance
     rounds: dict[str, int] = {"target": target, "iterations": config.iterations}
     if config.allocation == "uniform":
         return allocate_uniform(budget, sparsity, units, **rounds)

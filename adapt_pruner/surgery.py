@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -26,7 +27,7 @@ from adapt_pruner.checkpoint import (
     require_free_space,
     write_json,
 )
-from adapt_pruner.families import Family, LayerWidths, UnitTensor, find_family, layer_widths
+from adapt_pruner.families import Family, LayerWidths, Segment, UnitTensor, find_family, layer_widths
 from adapt_pruner.plan import Indices, PruningPlan
 
 MAX_SHARD_BYTES = 4 * 2**30
@@ -58,23 +59,69 @@ def prune_layer(
         indices = keep[kind.name]
         if len(indices) == kind.count(widths):
             continue
-        tensors = family.unit_tensors(kind, layer, widths, parameters)
-        gathered = kernels.gather_units(
-            [parameters[t.name].detach() for t in tensors],
-            [t.dim for t in tensors],
-            [t.group_size for t in tensors],
-            torch.from_numpy(indices),
-            backend=backend,
-        )
-        for tensor, value in zip(tensors, gathered, strict=True):
-            owner, _, leaf = tensor.name.rpartition(".")
+        members = family.unit_tensors(kind, layer, widths, parameters)
+        tensors = {t.name: parameters[t.name].detach() for t in members}
+        for name, value in gather_members(tensors, members, indices, backend=backend).items():
+            owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
-            old = parameters[tensor.name]
-            setattr(module, leaf, nn.Parameter(value, requires_grad=old.requires_grad))
+            setattr(module, leaf, nn.Parameter(value, requires_grad=parameters[name].requires_grad))
             if isinstance(module, nn.Linear) and leaf == "weight":
                 module.out_features, module.in_features = value.shape
         pruned = kind.resized(pruned, len(indices))
+    if pruned != widths:
+        _tell_modules(model.get_submodule(prefix), pruned, config=family.config_widths)
     return pruned
+
+
+def gather_members(
+    tensors: Mapping[str, Tensor], members: Sequence[UnitTensor], keep: Indices, *, backend: str = "auto"
+) -> dict[str, Tensor]:
+    """What the kept units leave of the tensors of one unit kind, by name.
+
+    Of a fused tensor, rows between and behind the members stay.
+
+    Args:
+        tensors: those that the members name.
+        keep: sorted int64 indices among the units there are now.
+    """
+    gathered = kernels.gather_units(
+        [m.view(tensors[m.name]) for m in members],
+        [m.dim for m in members],
+        [m.group_size for m in members],
+        torch.from_numpy(keep),
+        backend=backend,
+    )
+    results: dict[str, Tensor] = {}
+    parts: dict[str, list[tuple[Segment, int, Tensor]]] = {}
+    for member, value in zip(members, gathered, strict=True):
+        if member.segment is None:
+            results[member.name] = value
+        else:
+            parts.setdefault(member.name, []).append((member.segment, member.dim, value))
+    for name, values in parts.items():
+        dim, end, pieces = values[0][1], 0, []
+        for segment, _, value in sorted(values, key=lambda part: part[0].start):
+            pieces += [tensors[name].narrow(dim, end, segment.start - end), value]
+            end = segment.start + segment.length
+        pieces.append(tensors[name].narrow(dim, end, tensors[name].shape[dim] - end))
+        results[name] = torch.cat(pieces, dim)
+    return results
+
+
+def _tell_modules(layer: nn.Module, widths: LayerWidths, *, config: bool) -> None:
+    """Updates what stock modules remember of the widths and read in their forward pass."""
+    from adapt_pruner.modeling.modeling_adapt import LayerConfigView
+
+    heads, kv_heads = widths.num_attention_heads, widths.num_key_value_heads
+    names = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    remembered = {**names, "num_heads": heads, "num_key_value_groups": heads // kv_heads}
+    module: Any
+    for module in layer.modules():
+        for name, value in remembered.items():
+            if isinstance(module.__dict__.get(name), int):
+                setattr(module, name, value)
+        if config and "config" in module.__dict__:
+            module.config = LayerConfigView(module.config, **names)
 
 
 def apply_plan(plan: PruningPlan, model: str | Path, output: str | Path) -> Path:
@@ -99,7 +146,7 @@ def apply_plan(plan: PruningPlan, model: str | Path, output: str | Path) -> Path
     output = Path(output)
     require_empty(output)
     checkpoint = open_checkpoint(model)
-    family = find_family(checkpoint.config.get("model_type"))
+    family = find_family(checkpoint.config.get("model_type")).with_granularity(plan.granularity)
     _require_same_model(plan, checkpoint, family)
     base = layer_widths(checkpoint.config)
     config = pruned_config(AutoConfig.from_pretrained(checkpoint.directory), plan.widths(family, base))
@@ -126,37 +173,37 @@ def apply_plan(plan: PruningPlan, model: str | Path, output: str | Path) -> Path
 class _TensorSource:
     """One tensor of the base checkpoint and what the plan leaves of it."""
 
-    def __init__(self, name: str, info: TensorInfo, unit: UnitTensor | None, keep: Indices | None) -> None:
-        self.name, self.info, self._unit, self._keep = name, info, unit, keep
+    def __init__(
+        self, name: str, info: TensorInfo, members: Sequence[UnitTensor] = (), keep: Indices | None = None
+    ) -> None:
+        self.name, self.info, self._members, self._keep = name, info, members, keep
 
     @property
     def num_bytes(self) -> int:
         shape = list(self.info.shape)
-        if self._unit is not None and self._keep is not None:
-            shape[self._unit.dim] = len(self._keep) * self._unit.group_size
+        for member in self._members:
+            assert self._keep is not None
+            before = self.info.shape[member.dim] if member.segment is None else member.segment.length
+            shape[member.dim] -= before - len(self._keep) * member.group_size
         return math.prod(shape) * DTYPE_BYTES[self.info.dtype]
 
     def read(self) -> Tensor:
         with safe_open(self.info.shard, framework="pt") as file:
             tensor: Tensor = file.get_tensor(self.name)
-        if self._unit is None or self._keep is None:
+        if self._keep is None:
             return tensor
-        keep = torch.from_numpy(self._keep)
-        return kernels.gather_units([tensor], [self._unit.dim], [self._unit.group_size], keep)[0]
+        return gather_members({self.name: tensor}, self._members, self._keep)[self.name]
 
 
 def _tensor_sources(
     plan: PruningPlan, checkpoint: Checkpoint, family: Family, base: tuple[LayerWidths, ...]
 ) -> list[_TensorSource]:
-    pruned: dict[str, tuple[UnitTensor, Indices]] = {}
+    pruned: dict[str, tuple[list[UnitTensor], Indices]] = {}
     for layer, (widths, keep) in enumerate(zip(base, plan.keep_indices, strict=True)):
         for kind in family.unit_kinds:
-            for unit in family.unit_tensors(kind, layer, widths, checkpoint.tensors):
-                pruned[unit.name] = (unit, keep[kind.name])
-    return [
-        _TensorSource(name, info, *pruned.get(name, (None, None)))
-        for name, info in checkpoint.tensors.items()
-    ]
+            for member in family.unit_tensors(kind, layer, widths, checkpoint.tensors):
+                pruned.setdefault(member.name, ([], keep[kind.name]))[0].append(member)
+    return [_TensorSource(name, info, *pruned.get(name, ())) for name, info in checkpoint.tensors.items()]
 
 
 def _plan_shards(sources: list[_TensorSource]) -> list[list[_TensorSource]]:

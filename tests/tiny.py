@@ -24,16 +24,39 @@ SHAPE = {
 WORDS = tuple("sun moon star river stone tree cloud wind fire snow road house bird fish".split())  # noqa: SIM905
 
 
-def make_model(family: str, *, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32):
+# Config class, model class and settings beside SHAPE, by model type.
+FAMILIES = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
+    # Windows shorter than the tests' texts, in two and in three of the four layers.
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {"sliding_window": 8, "query_pre_attn_scalar": 10}),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {
+            "sliding_window": 8, "query_pre_attn_scalar": 10, "layer_types": [
+                "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"
+            ],
+        },
+    ),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {}),
+}  # fmt: skip
+
+
+def make_model(
+    family: str, *, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32, **changes
+):
     """A random model of a family, with the biases it can have, at a scale where layers matter."""
     import transformers
 
-    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[family]
-    shape = dict(SHAPE, tie_word_embeddings=tied)
-    if family == "llama":
-        shape |= {"attention_bias": True, "mlp_bias": True}
+    config_name, model_name, settings = FAMILIES[family]
+    config = getattr(transformers, config_name)(
+        **{**SHAPE, "tie_word_embeddings": tied, **settings, **changes}
+    )
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**shape))
+    model = getattr(transformers, model_name)(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

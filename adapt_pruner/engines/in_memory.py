@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapt_pruner.allocation import Counts, UnitBudget
 from adapt_pruner.checkpoint import Checkpoint, CheckpointError, copy_side_files, open_checkpoint
-from adapt_pruner.families import find_family, layer_widths, unit_costs, unit_counts
+from adapt_pruner.families import Granularity, find_family, layer_widths, removal_counts, unit_costs
 from adapt_pruner.kernels.backends import choose_backend
 from adapt_pruner.plan import Indices
 from adapt_pruner.scoring import Scores, score
@@ -93,10 +93,16 @@ class InMemoryEngine:
     """Scores and prunes a model that fits, with its gradients, on one device."""
 
     def __init__(
-        self, checkpoint: Checkpoint, *, device: str = "auto", dtype: str = "auto", backend: str = "auto"
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        backend: str = "auto",
+        granularity: Granularity = "kv_group",
     ) -> None:
         self.checkpoint = checkpoint
-        self.family = find_family(checkpoint.config.get("model_type"))
+        self.family = find_family(checkpoint.config.get("model_type")).with_granularity(granularity)
         self.widths = layer_widths(checkpoint.config)
         choose_backend(backend, resolve_device(device))  # fails before the weights are read
         self.model = load_model(checkpoint, device=device, dtype=dtype)
@@ -111,7 +117,7 @@ class InMemoryEngine:
         """Units and their cost in parameters now; `initial` are the units of the original model."""
         shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         costs = unit_costs(self.family, self.widths, shapes)
-        return UnitBudget(initial, unit_counts(self.family, self.widths), costs, self.num_parameters)
+        return UnitBudget(initial, removal_counts(self.family, self.widths), costs, self.num_parameters)
 
     def score(
         self,

@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Span = Literal["one", "head", "group"]
+Part = Literal["query", "kv", "channel"]
+Granularity = Literal["kv_group", "query_head"]
 
 
 @dataclass(frozen=True)
@@ -27,41 +32,87 @@ class LayerWidths:
             return self.head_dim
         return self.num_attention_heads // self.num_key_value_heads * self.head_dim
 
+    def part(self, part: Part) -> int:
+        """Rows of one part of a fused tensor: those of all query heads, KV heads or channels."""
+        if part == "channel":
+            return self.intermediate_size
+        return self.head_dim * (self.num_attention_heads if part == "query" else self.num_key_value_heads)
+
 
 @dataclass(frozen=True)
 class Member:
-    """One tensor of a unit: name inside the decoder layer, unit axis, and the rows of one unit on it."""
+    """One tensor of a unit: name inside the decoder layer, unit axis, and the rows of one unit on it.
+
+    A fused tensor has several `parts` one after the other, of which the member is the one at `index`; its
+    units' rows are counted from the start of that part.
+    """
 
     name: str
     dim: int
     span: Span
     optional: bool = False
+    parts: tuple[Part, ...] = ()
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Where a member lies in a fused tensor: first row, number of rows, and the rows of the whole tensor."""
+
+    start: int
+    length: int
+    total: int
 
 
 @dataclass(frozen=True)
 class UnitTensor:
-    """A member in a given layer of a given model: full tensor name, unit axis, rows per unit."""
+    """A member in a given layer of a given model: full tensor name, unit axis, rows per unit, and for a part
+    of a fused tensor its segment."""
 
     name: str
     dim: int
     group_size: int
+    segment: Segment | None = None
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The member's rows (or columns) of the tensor called `name`, or of its gradient; no copy."""
+        if self.segment is None:
+            return tensor
+        return tensor.narrow(self.dim, self.segment.start, self.segment.length)
+
+    def features(self, activation: Tensor, dim: int) -> Tensor:
+        """Of the inputs (dim 1) or outputs (dim 0) of the linear layer, [..., features], the member's."""
+        if self.segment is None or dim != self.dim:
+            return activation
+        return activation.narrow(-1, self.segment.start, self.segment.length)
 
 
 @dataclass(frozen=True)
 class UnitKind:
-    """A kind of prunable unit, "channel" or "kv_group", with all its member tensors."""
+    """A kind of prunable unit, "channel", "kv_group" or "query_head", with all its member tensors."""
 
     name: str
     members: tuple[Member, ...]
 
     def count(self, widths: LayerWidths) -> int:
         """Number of units of this kind in a layer."""
-        return widths.intermediate_size if self.name == "channel" else widths.num_key_value_heads
+        if self.name == "channel":
+            return widths.intermediate_size
+        return widths.num_key_value_heads if self.name == "kv_group" else widths.num_attention_heads
+
+    def lanes(self, widths: LayerWidths) -> int:
+        """In how many equal runs the units lie that must all lose the same number of them.
+
+        Query heads: one per KV head, since each of those is read by the same number of query heads.
+        """
+        return widths.num_key_value_heads if self.name == "query_head" else 1
 
     def resized(self, widths: LayerWidths, count: int) -> LayerWidths:
         """The layer's widths once `count` units of this kind remain."""
         if self.name == "channel":
             return replace(widths, intermediate_size=count)
+        if self.name == "query_head":
+            return replace(widths, num_attention_heads=count)
         heads_per_group = widths.num_attention_heads // widths.num_key_value_heads
         return replace(widths, num_key_value_heads=count, num_attention_heads=count * heads_per_group)
 
@@ -71,7 +122,9 @@ class Family:
     """An architecture as data.
 
     `layer_prefix` has a `{layer}` field. `embeddings` are the tensors that "non-embedding" leaves out.
-    Tensor names are the same in a live module and in a checkpoint on disk.
+    Tensor names are the same in a live module and in a checkpoint on disk. `config_widths` says that the
+    stock forward pass reads widths from the config of its modules and not from the shapes of their tensors.
+    `models` names well-known ones for people to read.
     """
 
     name: str
@@ -80,6 +133,23 @@ class Family:
     layers_module: str
     embeddings: tuple[str, ...]
     unit_kinds: tuple[UnitKind, ...]
+    config_widths: bool = False
+    models: str = ""
+
+    def with_granularity(self, granularity: Granularity) -> Family:
+        """The family with attention pruned by whole KV groups, or by query heads.
+
+        A query head owns its part of what a kv_group owns on the side of the queries; keys and values stay.
+        """
+        if granularity == "kv_group":
+            return self
+        kinds = []
+        for kind in self.unit_kinds:
+            if kind.name == "kv_group":
+                members = tuple(replace(m, span="head") for m in kind.members if m.span == "group")
+                kind = UnitKind("query_head", members)
+            kinds.append(kind)
+        return replace(self, unit_kinds=tuple(kinds))
 
     def unit_tensors(
         self, kind: UnitKind, layer: int, widths: LayerWidths, available: Collection[str]
@@ -96,7 +166,11 @@ class Family:
         for member in kind.members:
             name = f"{prefix}.{member.name}"
             if name in available:
-                tensors.append(UnitTensor(name, member.dim, widths.span(member.span)))
+                segment = None
+                if member.parts:
+                    rows = [widths.part(part) for part in member.parts]
+                    segment = Segment(sum(rows[: member.index]), rows[member.index], sum(rows))
+                tensors.append(UnitTensor(name, member.dim, widths.span(member.span), segment))
             elif not member.optional:
                 raise ValueError(f"family {self.name}: tensor {name} is missing from the model")
         return tuple(tensors)
@@ -128,6 +202,35 @@ def attention_kv_group(prefix: str = "self_attn") -> UnitKind:
             Member(f"{prefix}.q_proj.bias", 0, "group", optional=True),
             Member(f"{prefix}.k_proj.bias", 0, "head", optional=True),
             Member(f"{prefix}.v_proj.bias", 0, "head", optional=True),
+        ),
+    )
+
+
+def fused_gated_mlp_channel(prefix: str = "mlp") -> UnitKind:
+    """A channel where gate and up are one tensor: a row in each half of it, a column of down."""
+    name = f"{prefix}.gate_up_proj.weight"
+    parts: tuple[Part, ...] = ("channel", "channel")
+    return UnitKind(
+        "channel",
+        (
+            Member(name, 0, "one", parts=parts, index=0),
+            Member(name, 0, "one", parts=parts, index=1),
+            Member(f"{prefix}.down_proj.weight", 1, "one"),
+        ),
+    )
+
+
+def fused_attention_kv_group(prefix: str = "self_attn") -> UnitKind:
+    """A KV head with its query heads where q, k and v are one tensor."""
+    name = f"{prefix}.qkv_proj.weight"
+    parts: tuple[Part, ...] = ("query", "kv", "kv")
+    return UnitKind(
+        "kv_group",
+        (
+            Member(name, 0, "group", parts=parts, index=0),
+            Member(name, 0, "head", parts=parts, index=1),
+            Member(name, 0, "head", parts=parts, index=2),
+            Member(f"{prefix}.o_proj.weight", 1, "group"),
         ),
     )
 
@@ -174,10 +277,17 @@ def unit_counts(family: Family, widths: Sequence[LayerWidths]) -> tuple[dict[str
     return tuple({kind.name: kind.count(layer) for kind in family.unit_kinds} for layer in widths)
 
 
+def removal_counts(family: Family, widths: Sequence[LayerWidths]) -> tuple[dict[str, int], ...]:
+    """Per layer and kind, how many times units can go: one at a time, or one of each lane together."""
+    return tuple(
+        {kind.name: kind.count(layer) // kind.lanes(layer) for kind in family.unit_kinds} for layer in widths
+    )
+
+
 def unit_costs(
     family: Family, widths: Sequence[LayerWidths], shapes: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, int], ...]:
-    """Per layer, parameters of one unit of each kind.
+    """Per layer, parameters that go at a time with each kind: those of one unit, or of one per lane.
 
     Args:
         shapes: shape of every tensor of the model, by name.
@@ -190,13 +300,15 @@ def unit_costs(
         for kind in family.unit_kinds:
             tensors = family.unit_tensors(kind, i, layer, shapes)
             for tensor in tensors:
-                expected = kind.count(layer) * tensor.group_size
+                segment = tensor.segment
+                expected = kind.count(layer) * tensor.group_size if segment is None else segment.total
                 if shapes[tensor.name][tensor.dim] != expected:
                     raise ValueError(
                         f"{tensor.name} has shape {tuple(shapes[tensor.name])}, the config asks for "
                         f"{expected} in dimension {tensor.dim}"
                     )
-            cost[kind.name] = sum(math.prod(shapes[t.name]) for t in tensors) // kind.count(layer)
+            per_unit = sum(math.prod(shapes[t.name]) // shapes[t.name][t.dim] * t.group_size for t in tensors)
+            cost[kind.name] = per_unit * kind.lanes(layer)
         costs.append(cost)
     return tuple(costs)
 

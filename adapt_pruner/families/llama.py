@@ -9,4 +9,5 @@ LLAMA = Family(
     layers_module="model.layers",
     embeddings=("model.embed_tokens.weight", "lm_head.weight"),
     unit_kinds=(attention_kv_group(), gated_mlp_channel()),
+    models="Llama 2 and 3, SmolLM2, TinyLlama, Mistral",
 )

@@ -1,5 +1,5 @@
 """Models with per-layer widths: registration with the Auto classes, conversion from stock models."""
 
-from adapt_pruner.modeling.registration import register, register_on_first_load
+from adapt_pruner.modeling.registration import register, register_family, register_on_first_load
 
-__all__ = ["register", "register_on_first_load"]
+__all__ = ["register", "register_family", "register_on_first_load"]

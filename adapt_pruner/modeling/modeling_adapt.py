@@ -19,16 +19,28 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma2Model,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma3TextModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
     MistralConfig,
     MistralForCausalLM,
     MistralModel,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Phi3Model,
     PreTrainedConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
 )
 
 
@@ -45,7 +57,7 @@ class PerLayerConfigMixin:
         super().__post_init__(**kwargs)
         # Remote loaders look up the base model too (vLLM builds it through AutoModel), which saving alone
         # does not write.
-        stem, family = __name__.rpartition(".")[2], type(self).__name__.removesuffix("Config")
+        stem, family = type(self).__module__.rpartition(".")[2], type(self).__name__.removesuffix("Config")
         self.auto_map = {
             "AutoConfig": f"{stem}.{family}Config",
             "AutoModel": f"{stem}.{family}Model",
@@ -65,16 +77,25 @@ class PerLayerConfigMixin:
                     f"layer {i}: intermediate_size is {layer.intermediate_size}, expected 1 or more"
                 )
 
+    def validate_rope(self) -> None:
+        with _readable_maxima(self):
+            super().validate_rope()
+
     def to_dict(self) -> dict[str, Any]:
         """The stock dictionary, with the rotary settings under their older names too.
 
         Readers that predate `rope_parameters` would otherwise take a base of 10000 without a word.
         """
         output = super().to_dict()
-        rope = dict(output.get("rope_parameters") or {})
+        rope = output.get("rope_parameters") or {}
+        if "sliding_attention" in rope:  # Gemma 3: one for each kind of layer
+            output["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope.get("full_attention") or rope)
         if "rope_theta" in rope:
             output["rope_theta"] = rope.pop("rope_theta")
             output["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+        if "partial_rotary_factor" in rope:
+            output["partial_rotary_factor"] = rope["partial_rotary_factor"]
         return output
 
 
@@ -89,11 +110,39 @@ def _largest_widths(config: PreTrainedConfig) -> Iterator[None]:
         config.per_layer_config = per_layer_config
 
 
+@contextlib.contextmanager
+def _readable_maxima(config: PreTrainedConfig) -> Iterator[None]:
+    """Lets stock checks read the maxima, where they do so for a head_dim that is given anyway."""
+    if config.allow_global_per_layer_attribute_access:
+        yield
+        return
+    config.allow_global_per_layer_attribute_access = True
+    try:
+        yield
+    finally:
+        del config.__dict__["allow_global_per_layer_attribute_access"]  # or it would be saved
+
+
+class LayerConfigView:
+    """The live config of a model with the widths of one layer, for modules that read widths as they run."""
+
+    def __init__(self, config: Any, **widths: int) -> None:
+        self._config = config._config if isinstance(config, LayerConfigView) else config
+        self._widths = widths
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_config", "_widths") or name.startswith("__"):  # not there yet while being copied
+            raise AttributeError(name)
+        return self._widths[name] if name in self._widths else getattr(self._config, name)
+
+
 class PerLayerModelMixin:
     """Builds the stock model at the largest widths, then rebuilds the layers that are narrower.
 
     Under `from_pretrained` this happens on the meta device and allocates nothing.
     """
+
+    _config_widths: ClassVar[bool] = False  # whether modules read widths from their config as they run
 
     def __init__(self, config: PreTrainedConfig) -> None:
         with _largest_widths(config):
@@ -102,11 +151,19 @@ class PerLayerModelMixin:
             for i, layer in enumerate(self.layers):
                 layer_config = config.per_layer_config[i]
                 narrow = type(layer)(layer_config, i)
+                shared: Any = config
+                if self._config_widths:
+                    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+                    shared = LayerConfigView(config, **{name: getattr(layer_config, name) for name in names})
                 # One live config for all modules, or set_attn_implementation would not reach them.
                 for module in narrow.modules():
                     if getattr(module, "config", None) is layer_config:
-                        module.config = config
+                        module.config = shared
                 self.layers[i] = narrow
+            if hasattr(self, "rotary_emb"):
+                # Frequencies that follow the length of the text read it for a head_dim that is given anyway.
+                heads = max(layer_config.num_attention_heads for layer_config in config.per_layer_config)
+                self.rotary_emb.config = LayerConfigView(config, num_attention_heads=heads)
         self.post_init()
 
 
@@ -166,8 +223,79 @@ class AdaptQwen2ForCausalLM(PerLayerCausalLMMixin, Qwen2ForCausalLM):
     _base_model_class = AdaptQwen2Model
 
 
+@strict
+class AdaptQwen3Config(PerLayerConfigMixin, Qwen3Config):
+    model_type = "adapt_qwen3"
+
+
+class AdaptQwen3Model(PerLayerModelMixin, Qwen3Model):
+    config_class = AdaptQwen3Config
+
+
+class AdaptQwen3ForCausalLM(PerLayerCausalLMMixin, Qwen3ForCausalLM):
+    config_class = AdaptQwen3Config
+    _base_model_class = AdaptQwen3Model
+
+
+@strict
+class AdaptGemma2Config(PerLayerConfigMixin, Gemma2Config):
+    model_type = "adapt_gemma2"
+
+
+class AdaptGemma2Model(PerLayerModelMixin, Gemma2Model):
+    config_class = AdaptGemma2Config
+
+
+class AdaptGemma2ForCausalLM(PerLayerCausalLMMixin, Gemma2ForCausalLM):
+    config_class = AdaptGemma2Config
+    _base_model_class = AdaptGemma2Model
+
+
+@strict
+class AdaptGemma3TextConfig(PerLayerConfigMixin, Gemma3TextConfig):
+    model_type = "adapt_gemma3_text"
+
+
+class AdaptGemma3TextModel(PerLayerModelMixin, Gemma3TextModel):
+    config_class = AdaptGemma3TextConfig
+
+
+class AdaptGemma3TextForCausalLM(PerLayerCausalLMMixin, Gemma3ForCausalLM):
+    config_class = AdaptGemma3TextConfig
+    _base_model_class = AdaptGemma3TextModel
+
+
+@strict
+class AdaptPhi3Config(PerLayerConfigMixin, Phi3Config):
+    model_type = "adapt_phi3"
+
+    def validate_rope(self) -> None:
+        """The stock check with head_dim, which hidden_size // num_attention_heads no longer gives."""
+        with _readable_maxima(self):
+            super(Phi3Config, self).validate_rope()
+        rope = self.rope_parameters
+        expected = int(self.head_dim * rope["partial_rotary_factor"]) // 2
+        for name in ("short_factor", "long_factor"):
+            if rope.get(name) is not None and len(rope[name]) != expected:
+                raise ValueError(f"rope_parameters: {name} has {len(rope[name])} values, expected {expected}")
+
+
+class AdaptPhi3Model(PerLayerModelMixin, Phi3Model):
+    config_class = AdaptPhi3Config
+    _config_widths = True
+
+
+class AdaptPhi3ForCausalLM(PerLayerCausalLMMixin, Phi3ForCausalLM):
+    config_class = AdaptPhi3Config
+    _base_model_class = AdaptPhi3Model
+
+
 MODELS = (
     (AdaptLlamaConfig, AdaptLlamaModel, AdaptLlamaForCausalLM),
     (AdaptMistralConfig, AdaptMistralModel, AdaptMistralForCausalLM),
     (AdaptQwen2Config, AdaptQwen2Model, AdaptQwen2ForCausalLM),
+    (AdaptQwen3Config, AdaptQwen3Model, AdaptQwen3ForCausalLM),
+    (AdaptGemma2Config, AdaptGemma2Model, AdaptGemma2ForCausalLM),
+    (AdaptGemma3TextConfig, AdaptGemma3TextModel, AdaptGemma3TextForCausalLM),
+    (AdaptPhi3Config, AdaptPhi3Model, AdaptPhi3ForCausalLM),
 )

@@ -10,19 +10,38 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from adapt_pruner.families import Family, add_family
+
 _AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 
 
 def register() -> None:
     """Registers every per-layer-width model with AutoConfig, AutoModel and AutoModelForCausalLM."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
     from adapt_pruner.modeling.modeling_adapt import MODELS
 
     for config, model, causal_lm in MODELS:
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
-        AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+        _register_classes(config, model, causal_lm)
+
+
+def register_family(family: Family, config: Any, model: Any, causal_lm: Any) -> None:
+    """Adds a family of your own to this process; docs/families.md has an example.
+
+    Args:
+        config, model, causal_lm: its classes with per-layer widths, made with the mixins of
+            `adapt_pruner.modeling.modeling_adapt`; the config's model_type is "adapt_" and the stock one.
+    Raises:
+        ValueError: one of its model types is known already.
+    """
+    add_family(family)
+    _register_classes(config, model, causal_lm)
+
+
+def _register_classes(config: Any, model: Any, causal_lm: Any) -> None:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
 
 
 def register_on_first_load() -> None:

@@ -30,7 +30,8 @@ def plot_run(records: Sequence[dict[str, Any]], path: Path, *, initial: Sequence
         after = [layer[kind] for layer in records[-1]["units"]]
         axis.bar(layers, before, color="#d9d9d9", label="before")
         axis.bar(layers, after, color="#3574b2", label="after")
-        axis.set_ylabel({"kv_group": "KV groups", "channel": "MLP channels"}[kind])
+        names = {"kv_group": "KV groups", "query_head": "query heads", "channel": "MLP channels"}
+        axis.set_ylabel(names[kind])
     axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     importance = axes[-1]
     first, last = records[0], records[-1]

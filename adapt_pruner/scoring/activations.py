@@ -66,7 +66,7 @@ def activation_importance(
     def importance() -> list[Tensor]:
         scores = []
         for members, head_dim in zip(sets, head_dims, strict=True):
-            first = parameters[members[0].name]
+            first = members[0].view(parameters[members[0].name])
             units = first.shape[members[0].dim] // members[0].group_size
             total = torch.zeros(units, dtype=torch.float64, device=first.device)
             for tensor in members:

@@ -120,7 +120,7 @@ def _magnitude(mode: str) -> Observe:
     def score(subject: Subject) -> list[Tensor]:
         sets = [
             UnitSet(
-                [subject.parameters[t.name].detach() for t in members],
+                [t.view(subject.parameters[t.name].detach()) for t in members],
                 [],
                 [t.dim for t in members],
                 [t.group_size for t in members],
@@ -136,7 +136,7 @@ def _magnitude(mode: str) -> Observe:
 def _random(subject: Subject) -> list[Tensor]:
     generator = np.random.default_rng(subject.seed)
     first = [members[0] for members in subject.sets]
-    units = [subject.parameters[t.name].shape[t.dim] // t.group_size for t in first]
+    units = [t.view(subject.parameters[t.name]).shape[t.dim] // t.group_size for t in first]
     return [torch.from_numpy(generator.random(count, dtype=np.float32)) for count in units]
 
 

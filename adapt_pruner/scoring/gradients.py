@@ -129,36 +129,39 @@ def fused_importance(
     The gradient of a weight never exists; that of a bias, which is small, does.
     """
     biases = [t for members in sets for t in members if t.name.endswith(".bias")]
+    weights: dict[str, list[UnitTensor]] = {}  # a fused tensor is several members
+    for tensor in (t for members in sets for t in members if t.name.endswith(".weight")):
+        weights.setdefault(tensor.name, []).append(tensor)
     inputs: dict[str, Tensor] = {}
-    scores: dict[str, Tensor] = {}
+    scores: dict[UnitTensor, Tensor] = {}
 
-    def hook(tensor: UnitTensor) -> Any:
+    def hook(name: str, members: Sequence[UnitTensor]) -> Any:
         def keep_input(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if tensor.name in inputs:  # its gradient is the sum of both
-                raise ValueError(f"gradients is 'fused': {tensor.name} is used twice in a pass")
-            inputs[tensor.name] = args[0].detach()
+            if name in inputs:  # its gradient is the sum of both
+                raise ValueError(f"gradients is 'fused': {name} is used twice in a pass")
+            inputs[name] = args[0].detach()
             if not output.requires_grad:  # nothing in front of the first of these layers has a gradient
                 output.requires_grad_()
             output.register_hook(score_weight)
 
         def score_weight(output_gradient: Tensor) -> None:
-            scores[tensor.name] = kernels.linear_importance(
-                inputs.pop(tensor.name),
-                output_gradient,
-                parameters[tensor.name].detach(),
-                tensor.dim,
-                tensor.group_size,
-                name=tensor.name,
-                backend=backend,
-            )
+            x, weight = inputs.pop(name).to(output_gradient.dtype), parameters[name].detach()  # autocast
+            for tensor in members:
+                scores[tensor] = kernels.linear_importance(
+                    tensor.features(x, 1),
+                    tensor.features(output_gradient, 0),
+                    tensor.view(weight),
+                    tensor.dim,
+                    tensor.group_size,
+                    name=name,
+                    backend=backend,
+                )
 
         return keep_input
 
     handles = [
-        model.get_submodule(t.name.removesuffix(".weight")).register_forward_hook(hook(t))
-        for members in sets
-        for t in members
-        if t.name.endswith(".weight")
+        model.get_submodule(name.removesuffix(".weight")).register_forward_hook(hook(name, members))
+        for name, members in weights.items()
     ]
     try:
         gradients: dict[str, Tensor] = {}
@@ -168,8 +171,8 @@ def fused_importance(
                 if biases:
                     bias_sets = [_unit_set((t,), parameters, gradients) for t in biases]
                     bias_scores = kernels.unit_importances(bias_sets, backend=backend)
-                    scores.update(zip([t.name for t in biases], bias_scores, strict=True))
-                return [_sum_in_order([scores[t.name] for t in members]) for members in sets]
+                    scores.update(zip(biases, bias_scores, strict=True))
+                return [_sum_in_order([scores[t] for t in members]) for members in sets]
 
             yield importance
     finally:
@@ -184,11 +187,11 @@ def _unit_set(
     fishers: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> UnitSet:
     return UnitSet(
-        [parameters[t.name].detach() for t in members],
-        [gradients[t.name] for t in members if gradients],
+        [t.view(parameters[t.name].detach()) for t in members],
+        [t.view(gradients[t.name]) for t in members if gradients],
         [t.dim for t in members],
         [t.group_size for t in members],
-        [fishers[t.name] for t in members if fishers],
+        [t.view(fishers[t.name]) for t in members if fishers],
         names=[t.name for t in members],
     )
 
@@ -219,9 +222,10 @@ def _gradients_to(
     """Hands over the gradient of each named parameter in every backward pass, and keeps none.
 
     No other parameter gets any. Embeddings, head and norms need none, which saves a fifth of the arithmetic
-    on a small model with a large vocabulary.
+    on a small model with a large vocabulary. Gradients that are there already stay as they are.
     """
-    wanted, required = set(names), {name: p.requires_grad for name, p in parameters.items()}
+    wanted, required = dict.fromkeys(names), {name: p.requires_grad for name, p in parameters.items()}
+    there_already = {name: p.grad for name, p in parameters.items()}
 
     def collect(name: str) -> Any:
         def hook(parameter: Tensor) -> None:
@@ -233,8 +237,9 @@ def _gradients_to(
         return hook
 
     for name, parameter in parameters.items():
+        parameter.grad = None
         parameter.requires_grad_(name in wanted)
-    handles = [parameters[name].register_post_accumulate_grad_hook(collect(name)) for name in names]
+    handles = [parameters[name].register_post_accumulate_grad_hook(collect(name)) for name in wanted]
     try:
         yield
     finally:
@@ -242,3 +247,4 @@ def _gradients_to(
             handle.remove()
         for name, parameter in parameters.items():
             parameter.requires_grad_(required[name])
+            parameter.grad = there_already[name]

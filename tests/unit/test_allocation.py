@@ -14,6 +14,7 @@ from adapt_pruner.allocation import (
     allocate_as_published,
     allocate_by_rank,
     allocate_uniform,
+    bundle_importance,
     counts_at,
     next_sparsity,
     normalize_importance,
@@ -581,3 +582,16 @@ def test_the_published_allocation_overshoots_and_says_when_it_cannot_go_on():
     spent = make_budget([(3, 200)], channel_cost=10, group_cost=100, current=[(1, 2)])
     with pytest.raises(ValueError, match=r"stops at 1,120 parameters, above the target 1,110"):
         allocate_as_published(spent, np.full(1, 0.99), np.zeros(1), target=1110, **rounds)
+
+
+# Lanes of units that shrink alike
+
+
+def test_lanes_lose_their_own_least_important_units():
+    scores = np.array([5.0, 1.0, 3.0, 2.0, 9.0, 4.0])  # two lanes of three
+    assert select_units(scores, 2, lanes=2).tolist() == [0, 2, 4, 5]
+    assert select_units(scores, 1, lanes=2).tolist() == [0, 4]
+    assert select_units(scores, 3, lanes=2).tolist() == list(range(6))
+    # What goes first costs 1 + 2, then 3 + 4, then 5 + 9.
+    assert bundle_importance(scores, 2).tolist() == [3.0, 7.0, 14.0]
+    assert bundle_importance(scores, 1) is scores

@@ -81,6 +81,18 @@ def test_inspect_for_people(command, tiny_models):
         json.loads(out)
 
 
+def test_families(command):
+    status, out, err = command("families", "--json")
+    assert (status, err) == (0, "")
+    shown = json.loads(out)
+    assert shown["gemma3"]["model_types"] == ["gemma3_text", "adapt_gemma3_text"]
+    status, out, _ = command("families")
+    assert status == 0
+    lines = out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == list(shown)  # one line each
+    assert all(shown[line.partition(":")[0]]["model_types"][0] in line for line in lines)
+
+
 def test_doctor(command):
     from adapt_pruner import kernels
 
@@ -360,6 +372,7 @@ def test_warnings_are_one_line_on_stderr(command, monkeypatch, tiny_models):
         ("inspect", InspectConfig),
         ("bench", BenchConfig),
         ("methods", None),
+        ("families", None),
         ("doctor", None),
         ("demo", None),
     ],
@@ -378,7 +391,7 @@ def test_help_mentions_every_setting(command, name, config):
 def test_help_describes_commands_and_settings(command):
     status, out, _ = command("--help")
     assert status == 0
-    for name in ("prune", "apply", "evaluate", "inspect", "bench", "methods", "doctor", "demo"):
+    for name in ("prune", "apply", "evaluate", "inspect", "bench", "methods", "families", "doctor", "demo"):
         assert re.search(rf"^\s+{name}\s+\w+", out, re.MULTILINE), name
     text = " ".join(command("prune", "--help")[1].split())
     assert "prune a model to a parameter budget" in text

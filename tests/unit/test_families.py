@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from tiny import FAMILIES as TINY_FAMILIES
 from tiny import SHAPE, make_model
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
+)
 
 from adapt_pruner.families import (
     FAMILIES,
@@ -16,6 +30,7 @@ from adapt_pruner.families import (
     unit_costs,
     unit_counts,
 )
+from adapt_pruner.surgery import gather_members
 
 WIDTHS = LayerWidths(num_attention_heads=8, num_key_value_heads=4, intermediate_size=88, head_dim=10)
 
@@ -170,7 +185,7 @@ def test_biases_belong_to_a_unit_where_the_model_has_them(model_type, kind, bias
     assert seen == {f"model.layers.1.{name}": (0, size) for name, size in biases.items()}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("model_type", TINY_FAMILIES)
 def test_units_cover_every_layer_tensor_that_has_a_prunable_axis(model_type):
     shapes = shapes_of(make_model(model_type))
     family = find_family(model_type)
@@ -180,8 +195,9 @@ def test_units_cover_every_layer_tensor_that_has_a_prunable_axis(model_type):
         for kind in family.unit_kinds
         for t in family.unit_tensors(kind, layer, WIDTHS, shapes)
     }
-    # No two sizes in SHAPE are equal: 88 channels, 80 query rows, 40 key and value rows, 48 hidden.
-    prunable = {n for n, s in shapes.items() if ".layers." in n and set(s) & {88, 80, 40}}
+    # No two sizes in SHAPE are equal: 88 channels, 80 query rows, 40 key and value rows, 48 hidden. Phi-3 has
+    # 160 rows of queries, keys and values in one tensor, and 176 of gate and up.
+    prunable = {n for n, s in shapes.items() if ".layers." in n and set(s) & {88, 80, 40, 160, 176}}
     assert covered == prunable
 
 
@@ -273,3 +289,84 @@ def test_resizing_kv_groups_keeps_heads_per_group():
 
 def test_spans():
     assert [WIDTHS.span(span) for span in ("one", "head", "group")] == [1, 10, 20]
+
+
+# Fused tensors
+
+
+def test_a_fused_tensor_is_several_members():
+    shapes = shapes_of(make_model("phi3"))
+    prefix = "model.layers.0."
+    seen = {
+        (t.name.removeprefix(prefix), t.dim, t.group_size, t.segment and (t.segment.start, t.segment.length))
+        for kind in find_family("phi3").unit_kinds
+        for t in find_family("phi3").unit_tensors(kind, 0, WIDTHS, shapes)
+    }
+    assert seen == {
+        ("self_attn.qkv_proj.weight", 0, 20, (0, 80)),
+        ("self_attn.qkv_proj.weight", 0, 10, (80, 40)),
+        ("self_attn.qkv_proj.weight", 0, 10, (120, 40)),
+        ("self_attn.o_proj.weight", 1, 20, None),
+        ("mlp.gate_up_proj.weight", 0, 1, (0, 88)),
+        ("mlp.gate_up_proj.weight", 0, 1, (88, 88)),
+        ("mlp.down_proj.weight", 1, 1, None),
+    }
+
+
+def test_a_fused_tensor_of_the_wrong_size_is_refused():
+    shapes = shapes_of(make_model("phi3")) | {"model.layers.1.self_attn.qkv_proj.weight": (170, 48)}
+    with pytest.raises(ValueError, match=r"\(170, 48\), the config asks for 160 in dimension 0"):
+        unit_costs(find_family("phi3"), layer_widths(SHAPE), shapes)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_gathering_leaves_the_rest_of_a_fused_tensor(backend):
+    shapes = shapes_of(make_model("phi3"))
+    family = find_family("phi3").with_granularity("query_head")
+    members = family.unit_tensors(family.unit_kinds[0], 0, WIDTHS, shapes)
+    tensors = {m.name: torch.randn(shapes[m.name]) for m in members}
+    after = gather_members(tensors, members, np.array([1, 2, 5, 6]), backend=backend)
+    qkv = tensors["model.layers.0.self_attn.qkv_proj.weight"]
+    expected = torch.cat([qkv[10:30], qkv[50:70], qkv[80:]])
+    assert torch.equal(after["model.layers.0.self_attn.qkv_proj.weight"], expected)
+
+
+# A family of one's own
+
+
+def test_the_family_of_the_documentation_works(tmp_path, tokenizer, calibration_file):
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    code = text.partition("```python\n")[2].partition("```")[0]
+    assert len(code.splitlines()) < 60
+    (tmp_path / "starcoder2_family.py").write_text(code)
+    config = Starcoder2Config(**SHAPE, embedding_dropout=0.0, residual_dropout=0.0)
+    torch.manual_seed(0)
+    Starcoder2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    script = f"""
+import starcoder2_family, torch
+from transformers import AutoModelForCausalLM
+from adapt_pruner import PruneConfig, apply_plan, prune
+result = prune(PruneConfig("model", 0.7, "run", iterations=5, num_sequences=4, sequence_length=16,
+                           calibration={str(calibration_file)!r}, device="cpu", amplitude=0.1))
+assert 0 <= result.metrics["parameters_below_target"] < 100, result.metrics
+assert {{len(k["channel"]) for k in result.plan.keep_indices}} != {{88}}
+models = [result.model_directory, apply_plan(result.plan, "model", "applied")]
+a, b = (AutoModelForCausalLM.from_pretrained(d) for d in models)
+assert type(a).__name__ == "AdaptStarcoder2ForCausalLM"
+ids = torch.arange(3, 20)[None]
+assert torch.equal(a(ids).logits, b(ids).logits)
+assert a.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape == (1, 21)
+try:
+    starcoder2_family.register_family(starcoder2_family.STARCODER2, None, None, None)
+except ValueError as error:
+    assert "['adapt_starcoder2', 'starcoder2'] are known already" in str(error)
+else:
+    raise SystemExit("a family was added twice")
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        stdin=subprocess.DEVNULL, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

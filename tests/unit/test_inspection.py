@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import VOCABULARY, make_model
+from tiny import FAMILIES, VOCABULARY, make_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from adapt_pruner.checkpoint import config_hash, open_checkpoint
 from adapt_pruner.config import InspectConfig
 from adapt_pruner.engines.in_memory import load_model
+from adapt_pruner.families import find_family
 from adapt_pruner.inspection import inspect_model, ratios, summarize
 from adapt_pruner.plan import PruningPlan
 from adapt_pruner.surgery import apply_plan
 
-FAMILIES = ["llama", "mistral", "qwen2"]
 KEEP = [([0, 2, 3], 60), ([1], 7), ([0, 1, 2, 3], 88), ([0, 3], 33)]  # kv_groups, channels
 
 
@@ -31,7 +31,7 @@ def make_plan(directory) -> PruningPlan:
         base_model=str(directory),
         config_hash=config_hash(checkpoint.config),
         weight_fingerprint=checkpoint.fingerprint(),
-        family="qwen2" if checkpoint.config["model_type"] == "qwen2" else "llama",
+        family=find_family(checkpoint.config["model_type"]).name,
         settings={},
         initial_units=({"kv_group": 4, "channel": 88},) * 4,
         keep_indices=tuple(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import SHAPE, VOCABULARY, make_model
+from tiny import FAMILIES, SHAPE, VOCABULARY, make_model
 from torch.nn import functional
 
 from adapt_pruner import kernels
@@ -24,11 +24,20 @@ def fp64_importance(model, batch):
     loss = functional.cross_entropy(logits.reshape(-1, VOCABULARY), batch[:, 1:].reshape(-1))
     loss.backward()
 
-    def by_row(linear):
-        saliency = (linear.weight * linear.weight.grad).abs().sum(1)
-        if linear.bias is not None:
-            saliency = saliency + (linear.bias * linear.bias.grad).abs()
-        return saliency
+    def by_row(module, *names):
+        """Of each of the named layers, or of the parts of the one layer that is all of them (Phi-3)."""
+        fused = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}[names[0]]
+        linears = [getattr(module, name) for name in ([fused] if hasattr(module, fused) else names)]
+        rows = []
+        for linear in linears:
+            saliency = (linear.weight * linear.weight.grad).abs().sum(1)
+            if linear.bias is not None:
+                saliency = saliency + (linear.bias * linear.bias.grad).abs()
+            rows.append(saliency)
+        if len(rows) < len(names):
+            sizes = {3: [HEADS * HEAD_DIM, KV * HEAD_DIM, KV * HEAD_DIM], 2: [88, 88]}[len(names)]
+            rows = rows[0].split(sizes)
+        return rows
 
     def by_column(linear):
         return (linear.weight * linear.weight.grad).abs().sum(0)
@@ -36,13 +45,13 @@ def fp64_importance(model, batch):
     units = []
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        group = by_row(attention.k_proj).view(KV, HEAD_DIM).sum(1)
-        group += by_row(attention.v_proj).view(KV, HEAD_DIM).sum(1)
-        for per_query_row in (by_row(attention.q_proj), by_column(attention.o_proj)):
+        q_rows, k_rows, v_rows = by_row(attention, "q_proj", "k_proj", "v_proj")
+        group = k_rows.view(KV, HEAD_DIM).sum(1) + v_rows.view(KV, HEAD_DIM).sum(1)
+        for per_query_row in (q_rows, by_column(attention.o_proj)):
             heads = per_query_row.view(HEADS, HEAD_DIM).sum(1)
             for q in range(HEADS):
                 group[q // (HEADS // KV)] += heads[q]
-        channel = by_row(mlp.gate_proj) + by_row(mlp.up_proj) + by_column(mlp.down_proj)
+        channel = sum(by_row(mlp, "gate_proj", "up_proj")) + by_column(mlp.down_proj)
         units.append({"kv_group": group.detach().numpy(), "channel": channel.detach().numpy()})
     return loss.item(), units
 
@@ -52,7 +61,7 @@ def score_model(model, batch=BATCH, **options):
     return score(model, family, layer_widths(model.config.to_dict()), batch, **options)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_end_to_end_importance_equals_fp64(family):
     scores = score_model(make_model(family), micro_batch_size=4)
     loss, expected = fp64_importance(make_model(family), BATCH)
@@ -161,7 +170,7 @@ def test_a_loss_that_is_not_finite_is_an_error():
         score_model(model, micro_batch_size=6)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_fused_and_materialised_gradients_give_the_same_scores(family):
     model = make_model(family)
     fused, again, materialised = (
