@@ -325,3 +325,27 @@ def test_activations_too_large_for_their_norm_are_named_though_the_loss_is_finit
     model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 1e30)
     with pytest.raises(kernels.NonFiniteError, match=r"^layer 1: the euclidean .* is inf"):
         score_model(model, micro_batch_size=6, metric="euclidean")
+
+
+@pytest.mark.parametrize("gradients", ["fused", "materialised"])
+def test_gradients_that_are_there_already_stay_and_do_not_count(gradients):
+    model = make_model("qwen2")
+    fresh = score_model(model, micro_batch_size=6, gradients=gradients)
+    model(input_ids=BATCH, labels=BATCH).loss.backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    again = score_model(model, micro_batch_size=6, gradients=gradients)
+    for first, second in zip(fresh.unit_importance, again.unit_importance, strict=True):
+        for kind in first:
+            assert np.array_equal(first[kind], second[kind])
+    assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters())
+
+
+def test_fused_gradients_under_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused, written = (
+            score_model(make_model("llama"), micro_batch_size=6, gradients=g)
+            for g in ("fused", "materialised")
+        )
+    for first, second in zip(fused.unit_importance, written.unit_importance, strict=True):
+        for kind in first:
+            np.testing.assert_allclose(first[kind], second[kind], rtol=2e-2)
