@@ -28,6 +28,12 @@ class PruneConfig:
         num_sequences: calibration sequences drawn anew for each iteration.
         sequence_length: tokens of each sequence.
         micro_batch_size: sequences per forward and backward pass.
+        estimator: importance of units: "taylor_first", from gradients; "obs", the squared error that removing
+            a unit leaves in the outputs of its down_proj or o_proj after the best linear compensation.
+        compensation: "least_squares" changes the kept columns of every down_proj and o_proj in each round so
+            that their outputs on the calibration sequences come closest to those before it.
+        ridge: of obs and least_squares, how far the second moments of inputs are pulled to their diagonal, as
+            a fraction of its mean.
         gradients: "materialised" keeps the gradients of all prunable weights until the batch is through;
             "fused" scores each weight within the backward pass, so that its gradient never exists, and needs
             all num_sequences in one micro-batch; "auto" is fused where that holds and the device is CUDA with
@@ -54,6 +60,9 @@ class PruneConfig:
     num_sequences: int = 512
     sequence_length: int = 64
     micro_batch_size: int = 16
+    estimator: Literal["taylor_first", "obs"] = "taylor_first"
+    compensation: Literal["none", "least_squares"] = "none"
+    ridge: float = 0.01
     gradients: Literal["auto", "fused", "materialised"] = "auto"
     pack: bool = False
     seed: int = 0
@@ -69,8 +78,10 @@ class PruneConfig:
         _require("sequence_length", self.sequence_length, "at least 2", self.sequence_length >= 2)
         _require("seed", self.seed, "at least 0", self.seed >= 0)
         _require("amplitude", self.amplitude, "finite, at least 0", 0 <= self.amplitude < math.inf)
+        _require("ridge", self.ridge, "finite, above 0", 0 < self.ridge < math.inf)
         _require_choices(self)
         if self.gradients == "fused":
+            _require("estimator", self.estimator, "one of gradients", self.estimator == "taylor_first")
             size = self.micro_batch_size
             expected = f"at least {self.num_sequences} (num_sequences), or gradients other than 'fused'"
             _require("micro_batch_size", size, expected, size >= self.num_sequences)
@@ -118,11 +129,14 @@ class ApplyConfig:
         plan: run directory, or its plan.json.
         model: the model the plan was made for: directory, built-in name or name on the hub.
         output: model directory to create.
+        uncompensated: replay a plan that was made with compensation all the same: the kept units with the
+            weights of the original model.
     """
 
     plan: str
     model: str
     output: str
+    uncompensated: bool = False
 
 
 @dataclass(frozen=True)

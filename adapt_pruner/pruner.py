@@ -33,6 +33,7 @@ from adapt_pruner.families import Family, find_family, layer_widths, unit_costs,
 from adapt_pruner.plan import Indices, PruningPlan
 from adapt_pruner.report.plots import plot_run
 from adapt_pruner.run import RunDirectory
+from adapt_pruner.scoring.gram import column_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +88,7 @@ def prune(config: PruneConfig, *, on_iteration: OnIteration | None = None) -> Pr
     if RunDirectory(output).complete:
         return _result(RunDirectory(output))
     resolve_device(config.device)
-    require_free_space(output, _saved_bytes(config, checkpoint, target))
+    require_free_space(output, _saved_bytes(config, checkpoint, family, target))
     tokens = _calibration_tokens(config, checkpoint)
     engine = InMemoryEngine(checkpoint, device=config.device, dtype=config.dtype, backend=config.backend)
     run = RunDirectory.open(output, config, resume=config.resume)
@@ -130,12 +131,20 @@ def _header_budget(checkpoint: Checkpoint, family: Family) -> tuple[UnitBudget, 
     return UnitBudget(counts, counts, costs, checkpoint.num_parameters), embeddings
 
 
-def _saved_bytes(config: PruneConfig, checkpoint: Checkpoint, target: int) -> int:
+def _saved_bytes(config: PruneConfig, checkpoint: Checkpoint, family: Family, target: int) -> int:
     """Bytes of the pruned model and what is written beside it."""
     per_parameter = checkpoint.num_bytes / checkpoint.num_parameters
     if config.dtype != "auto":
         per_parameter = 4 if config.dtype == "fp32" else 2
-    return int(target * per_parameter) + 32 * 2**20
+    saved = target
+    if config.compensation != "none":  # the weights that a resume needs, of two iterations for a moment
+        names = [
+            name
+            for layer, widths in enumerate(layer_widths(checkpoint.config))
+            for name in column_weights(family, layer, widths, checkpoint.tensors)
+        ]
+        saved += 2 * sum(checkpoint.tensors[name].numel for name in names)
+    return int(saved * per_parameter) + 32 * 2**20
 
 
 def _calibration_tokens(config: PruneConfig, checkpoint: Checkpoint) -> TokenizedDocuments:
@@ -196,6 +205,8 @@ def _prune(
             )
         plan = saved
         engine.remove_units(plan.keep_indices)
+        if config.compensation != "none":
+            engine.load_tensors(run.load_tensors(iteration))
     run.log("resumed" if state else "started", iteration=iteration, parameters=engine.num_parameters)
     with _deterministic(engine.model.device):
         while engine.num_parameters > target:
@@ -210,7 +221,12 @@ def _prune(
                     for old, new in zip(plan.keep_indices, keep, strict=True)
                 ),
             )
-            run.save_iteration(iteration, record, {"sparsity": sparsity.tolist(), "plan": plan.to_json()})
+            run.save_iteration(
+                iteration,
+                record,
+                {"sparsity": sparsity.tolist(), "plan": plan.to_json()},
+                engine.column_tensors() if config.compensation != "none" else None,
+            )
             run.log("iteration", **{key: record[key] for key in ("iteration", "loss", "parameters")})
             if on_iteration:
                 on_iteration(
@@ -246,6 +262,9 @@ def _iterate(
         micro_batch_size=config.micro_batch_size,
         metric=config.layer_metric,
         gradients=config.gradients,
+        estimator=config.estimator,
+        grams=config.compensation != "none",
+        ridge=config.ridge,
     )
     clock.append(time.perf_counter())
     layer_importance = normalize_importance(scores.layer_importance, config.normalize)
@@ -263,7 +282,9 @@ def _iterate(
         for importance, counts in zip(scores.unit_importance, allocation.counts, strict=True)
     )
     clock.append(time.perf_counter())
-    engine.remove_units(keep)
+    engine.remove_units(
+        keep, grams=scores.grams if config.compensation != "none" else None, ridge=config.ridge
+    )
     clock.append(time.perf_counter())
     record = {
         "iteration": iteration,

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from adapt_pruner.allocation import Counts, UnitBudget
 from adapt_pruner.checkpoint import Checkpoint, CheckpointError, copy_side_files, open_checkpoint
+from adapt_pruner.compensation import compensated_weights, replace_weights
 from adapt_pruner.families import find_family, layer_widths, unit_costs, unit_counts
 from adapt_pruner.kernels.backends import choose_backend
 from adapt_pruner.plan import Indices
 from adapt_pruner.scoring import Scores, score
 from adapt_pruner.scoring.gradients import Gradients
+from adapt_pruner.scoring.gram import Grams, InputGrams, column_weights
 from adapt_pruner.scoring.layers import Metric
+from adapt_pruner.scoring.obs import score_obs
 from adapt_pruner.surgery import prune_layer
 
 if TYPE_CHECKING:
@@ -119,25 +123,59 @@ class InMemoryEngine:
         micro_batch_size: int,
         metric: Metric = "cosine",
         gradients: Gradients = "auto",
+        estimator: Literal["taylor_first", "obs"] = "taylor_first",
+        grams: bool = False,
+        ridge: float = 0.01,
     ) -> Scores:
-        """Unit and layer importance from one forward and backward pass; `batch` is [sequences, length]."""
-        return score(
-            self.model,
-            self.family,
-            self.widths,
-            batch.to(self.model.device),
-            micro_batch_size=micro_batch_size,
-            metric=metric,
-            gradients=gradients,
-            backend=self._backend,
-        )
+        """Unit and layer importance; `batch` is [sequences, length].
 
-    def remove_units(self, keep: Sequence[Mapping[str, Indices]]) -> None:
-        """Keeps the named units of every layer, numbered as they are now; the rest is gone for good."""
-        self.widths = tuple(
-            prune_layer(self.model, self.family, layer, widths, layer_keep, backend=self._backend)
-            for layer, (widths, layer_keep) in enumerate(zip(self.widths, keep, strict=True))
-        )
+        One forward and backward pass, forward alone for "obs". `grams` asks for the second moments of inputs
+        that `remove_units` compensates with; `ridge` is that of `obs_importance`.
+        """
+        batch = batch.to(self.model.device)
+        what = (self.model, self.family, self.widths)
+        common: dict[str, Any] = {
+            "micro_batch_size": micro_batch_size,
+            "metric": metric,
+            "backend": self._backend,
+        }
+        if estimator == "obs":
+            return score_obs(*what, batch, ridge=ridge, **common)
+        if not grams:
+            return score(*what, batch, gradients=gradients, **common)
+        with InputGrams(*what, self._backend) as collected:
+            scores = score(*what, batch, gradients=gradients, **common)
+        return replace(scores, grams=collected)
+
+    def remove_units(
+        self, keep: Sequence[Mapping[str, Indices]], *, grams: Grams | None = None, ridge: float = 0.01
+    ) -> None:
+        """Keeps the named units of every layer, numbered as they are now; the rest is gone for good.
+
+        Args:
+            grams: compensate for the removed units by least squares, with these second moments of the
+                inputs of the model as it is now.
+        """
+        result = []
+        for layer, (widths, layer_keep) in enumerate(zip(self.widths, keep, strict=True)):
+            what = (self.model, self.family, layer, widths, layer_keep)
+            compensated = compensated_weights(*what, grams, ridge=ridge) if grams is not None else {}
+            result.append(prune_layer(*what, backend=self._backend))
+            replace_weights(self.model, compensated)
+        self.widths = tuple(result)
+
+    def column_tensors(self) -> dict[str, Tensor]:
+        """Every down_proj and o_proj as it is now, which is what compensation changes."""
+        parameters = dict(self.model.named_parameters())
+        return {
+            name: parameters[name].detach()
+            for layer, widths in enumerate(self.widths)
+            for name in column_weights(self.family, layer, widths, parameters)
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts what `column_tensors` gave into a model that has lost the same units."""
+        replace_weights(self.model, tensors)
 
     def save(self, directory: Path) -> None:
         """Writes the model with its tokenizer files in the native form (formats.md section 1)."""

@@ -18,6 +18,7 @@ from adapt_pruner.scoring.gradients import (
     materialised_importance,
     uses_fused,
 )
+from adapt_pruner.scoring.gram import Grams
 from adapt_pruner.scoring.layers import LayerImportance, Metric
 
 
@@ -29,11 +30,13 @@ class Scores:
         loss: mean causal-LM loss, nats per label token.
         layer_importance: [layers], not normalised.
         unit_importance: per layer and unit kind, [units] float64 copies of the fp32 scores.
+        grams: second moments of the inputs of every down_proj and o_proj, where they were asked for.
     """
 
     loss: float
     layer_importance: Floats
     unit_importance: tuple[dict[str, Floats], ...]
+    grams: Grams | None = None
 
 
 def score(
