@@ -29,6 +29,7 @@ class RunDirectory:
     """Layout: config.yaml environment.json log.jsonl metrics.json plan.json iterations/ model/ state/.
 
     `state/` exists from the first finished iteration until the run is complete; `model/` appears by rename.
+    `state/tensors-NNN.safetensors` belongs to iteration NNN of `state/progress.json`, and no other is read.
     """
 
     def __init__(self, path: Path) -> None:
