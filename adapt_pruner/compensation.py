@@ -16,15 +16,15 @@ from adapt_pruner.scoring.gram import Grams, InputGram, cholesky, column_weights
 def least_squares(weight: Tensor, gram: InputGram, kept: Tensor, *, ridge: float) -> Tensor:
     """Weight of the kept columns whose outputs come closest to those of all columns.
 
-    It minimises ||X W^T - X_S W'^T||^2 + r ||W_S - W'||^2 with r = ridge * mean(diag(X^T X)): the ridge holds
+    It minimises ||X W^T - X_S W'^T||^2 + ||(W_S - W') R||^2 with R^2 = ridge * diag(X^T X): the ridge holds
     the result near the weights there are, not near zero, so that directions the batch does not show keep
-    them. That is W' = W K[:, S] K[S, S]^-1 with K = X^T X + r I, solved in float64.
+    them. That is W' = W K[:, S] K[S, S]^-1 with K = X^T X + R^2, solved in float64.
 
     Args:
         weight: [out, in], any float dtype.
         gram: of its inputs X, on the same device.
         kept: [columns], int64, sorted indices of the columns S that stay.
-        ridge: as a fraction of the mean of the diagonal; at least 0.
+        ridge: what is added to the diagonal, as a fraction of it; at least 0.
     Returns:
         [out, columns], float64.
     Raises:

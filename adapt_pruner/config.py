@@ -32,8 +32,8 @@ class PruneConfig:
             a unit leaves in the outputs of its down_proj or o_proj after the best linear compensation.
         compensation: "least_squares" changes the kept columns of every down_proj and o_proj in each round so
             that their outputs on the calibration sequences come closest to those before it.
-        ridge: of obs and least_squares, how far the second moments of inputs are pulled to their diagonal, as
-            a fraction of its mean.
+        ridge: of obs and least_squares: what the second moments of inputs get on top of their diagonal, as a
+            fraction of it. The fewer the calibration tokens, the more is right.
         gradients: "materialised" keeps the gradients of all prunable weights until the batch is through;
             "fused" scores each weight within the backward pass, so that its gradient never exists, and needs
             all num_sequences in one micro-batch; "auto" is fused where that holds and the device is CUDA with
@@ -62,7 +62,7 @@ class PruneConfig:
     micro_batch_size: int = 16
     estimator: Literal["taylor_first", "obs"] = "taylor_first"
     compensation: Literal["none", "least_squares"] = "none"
-    ridge: float = 0.01
+    ridge: float = 0.3
     gradients: Literal["auto", "fused", "materialised"] = "auto"
     pack: bool = False
     seed: int = 0

@@ -125,7 +125,7 @@ class InMemoryEngine:
         gradients: Gradients = "auto",
         estimator: Literal["taylor_first", "obs"] = "taylor_first",
         grams: bool = False,
-        ridge: float = 0.01,
+        ridge: float = 0.3,
     ) -> Scores:
         """Unit and layer importance; `batch` is [sequences, length].
 
@@ -148,7 +148,7 @@ class InMemoryEngine:
         return replace(scores, grams=collected)
 
     def remove_units(
-        self, keep: Sequence[Mapping[str, Indices]], *, grams: Grams | None = None, ridge: float = 0.01
+        self, keep: Sequence[Mapping[str, Indices]], *, grams: Grams | None = None, ridge: float = 0.3
     ) -> None:
         """Keeps the named units of every layer, numbered as they are now; the rest is gone for good.
 

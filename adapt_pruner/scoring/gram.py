@@ -42,9 +42,11 @@ class InputGram:
         self.products.add_(rows.T @ rows)
 
     def regularised(self, ridge: float) -> Tensor:
-        """[in, in], float64: products + ridge * mean(diagonal) * I, a new tensor.
+        """[in, in], float64: products with ridge times each diagonal value on top, a new tensor.
 
-        The identity itself where all inputs are zero: then nothing is known of any column.
+        That divides all correlations of columns by 1 + ridge, which fewer tokens than columns overstate. One
+        level for all columns, such as the mean, would be set by a few large ones. A column of zeros counts as
+        one of a millionth of the mean; where all are, the result is the identity.
 
         Raises:
             NonFiniteError: an input was NaN or infinite, or too large for products in fp32.
@@ -58,7 +60,7 @@ class InputGram:
             )
         scale = float(diagonal.mean())
         result = self.products.clone()
-        result.diagonal().add_(ridge * scale if scale > 0 else 1.0)
+        result.diagonal().add_(ridge * diagonal.clamp_min(1e-6 * scale) if scale > 0 else 1.0)
         return result
 
 

@@ -21,13 +21,13 @@ def obs_importance(
     widths: Sequence[LayerWidths],
     grams: Grams,
     *,
-    ridge: float = 0.01,
+    ridge: float = 0.3,
 ) -> tuple[dict[str, Floats], ...]:
     """The squared error that removing each unit alone leaves after the best linear compensation.
 
     Args:
         grams: of the inputs of every down_proj and o_proj, from `InputGrams`.
-        ridge: added to the diagonal of the second moments, as a fraction of its mean.
+        ridge: what is added to the diagonal of the second moments, as a fraction of it.
     Returns:
         Per layer and unit kind, [units], float64, summed over tokens and outputs.
     Raises:
@@ -79,7 +79,7 @@ def score_obs(
     *,
     micro_batch_size: int,
     metric: Metric = "cosine",
-    ridge: float = 0.01,
+    ridge: float = 0.3,
     backend: str = "auto",
 ) -> Scores:
     """`score` with `obs_importance` in place of Taylor importance: forward passes alone, no gradient.

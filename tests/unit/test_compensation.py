@@ -83,7 +83,7 @@ def test_grams_do_not_depend_on_the_micro_batches_or_the_gradients(collected):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "columns", "out"), [(200, 13, 7), (5, 13, 7), (64, 1, 3), (64, 40, 1)])
 def test_least_squares_solves_the_ridge_problem(dtype, rows, columns, out):
-    """Against numpy's solver on the stacked system [X; sqrt(r) I], whose rows below hold W_S in place."""
+    """Against numpy's solver on the stacked system [X_S; R], R^2 = ridge * diag(X_S^T X_S)."""
     generator = torch.Generator().manual_seed(columns)
     x = torch.randn(rows, columns, generator=generator).to(dtype)
     weight = torch.randn(out, columns, generator=generator).to(dtype)
@@ -92,9 +92,9 @@ def test_least_squares_solves_the_ridge_problem(dtype, rows, columns, out):
     ours = least_squares(weight, gram, kept, ridge=RIDGE)
     assert (ours.shape, ours.dtype) == ((out, len(kept)), torch.float64)
     x64, w64 = x.double().numpy(), weight.double().numpy()
-    root = np.sqrt(RIDGE * np.square(x64).sum() / columns)
-    system = np.concatenate([x64[:, ::2], root * np.eye(len(kept))])
-    aim = np.concatenate([x64 @ w64.T, root * w64[:, ::2].T])
+    root = np.sqrt(RIDGE * np.square(x64[:, ::2]).sum(0))
+    system = np.concatenate([x64[:, ::2], np.diag(root)])
+    aim = np.concatenate([x64 @ w64.T, root[:, None] * w64[:, ::2].T])
     np.testing.assert_allclose(
         ours.numpy(), np.linalg.lstsq(system, aim, rcond=None)[0].T, rtol=1e-4, atol=1e-5
     )
@@ -138,7 +138,7 @@ def test_a_removed_column_that_others_span_costs_nothing_and_is_made_up_for():
 
 
 def test_obs_is_the_error_that_least_squares_leaves(collected):
-    """Each unit removed for real, the rest solved for: ||.||^2 in the metric of K = X^T X + r I."""
+    """Each unit removed for real, the rest solved for: ||.||^2 in the metric of K = X^T X + R^2."""
     model, family, widths, grams, inputs, _ = collected
     scores = obs_importance(model, family, widths, grams, ridge=RIDGE)
     weights = {n: p.detach().double() for n, p in model.named_parameters()}
@@ -146,7 +146,7 @@ def test_obs_is_the_error_that_least_squares_leaves(collected):
         for kind in family.unit_kinds:
             tensor = next(t for t in family.unit_tensors(kind, layer, layer_widths_, weights) if t.dim == 1)
             x, weight = inputs[tensor.name], weights[tensor.name]
-            root = torch.eye(x.shape[1]).double() * (RIDGE * x.square().sum() / x.shape[1]).sqrt()
+            root = (RIDGE * x.square().sum(0)).sqrt().diag()
             stacked = torch.cat([x, root])
             units = np.arange(x.shape[1]).reshape(-1, tensor.group_size)
             assert scores[layer][kind.name].dtype == np.float64
