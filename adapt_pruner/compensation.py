@@ -61,9 +61,8 @@ def compensated_weights(
     Raises:
         as `least_squares`; ValueError: a solution that the weight's dtype cannot hold.
     """
-    parameters = dict(model.get_submodule(family.layer_prefix.format(layer=layer)).named_parameters())
     prefix = family.layer_prefix.format(layer=layer)
-    weights = {f"{prefix}.{name}": p.detach() for name, p in parameters.items()}
+    weights = {f"{prefix}.{n}": p.detach() for n, p in model.get_submodule(prefix).named_parameters()}
     columns = {name: np.arange(n) for name, n in column_weights(family, layer, widths, weights).items()}
     for kind in family.unit_kinds:
         for tensor in family.unit_tensors(kind, layer, widths, weights):

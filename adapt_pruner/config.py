@@ -81,7 +81,8 @@ class PruneConfig:
         _require("ridge", self.ridge, "finite, above 0", 0 < self.ridge < math.inf)
         _require_choices(self)
         if self.gradients == "fused":
-            _require("estimator", self.estimator, "one of gradients", self.estimator == "taylor_first")
+            expected = "'taylor_first' where gradients is 'fused': the other has none"
+            _require("estimator", self.estimator, expected, self.estimator == "taylor_first")
             size = self.micro_batch_size
             expected = f"at least {self.num_sequences} (num_sequences), or gradients other than 'fused'"
             _require("micro_batch_size", size, expected, size >= self.num_sequences)

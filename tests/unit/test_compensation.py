@@ -285,5 +285,5 @@ def test_settings_are_checked(tmp_path):
         dataclasses.replace(config, ridge=0)
     with pytest.raises(ValueError, match="compensation is 'bias'"):
         dataclasses.replace(config, compensation="bias")
-    with pytest.raises(ValueError, match="estimator is 'obs', expected one of gradients"):
+    with pytest.raises(ValueError, match="estimator is 'obs', expected 'taylor_first' where gradients"):
         dataclasses.replace(config, estimator="obs", gradients="fused", micro_batch_size=8)
