@@ -193,7 +193,12 @@ def _apply(arguments: Namespace) -> Shown:
     from adapt_pruner.surgery import apply_plan
 
     config = _config(ApplyConfig, arguments)
-    output = apply_plan(PruningPlan.load(config.plan), resolve_model(config.model), config.output)
+    output = apply_plan(
+        PruningPlan.load(config.plan),
+        resolve_model(config.model),
+        config.output,
+        uncompensated=config.uncompensated,
+    )
     result = {"model_directory": str(output), "parameters": summarize(output).parameters}
     return result, lambda console: console.print(f"wrote {output}: {result['parameters']:,} parameters")
 

@@ -21,7 +21,7 @@ class PruneConfig:
         method: preset of the settings below that are the method's if not given; `adapt-pruner methods` lists
             them.
         estimator: how important a unit is: taylor_first, taylor_vectorize, taylor_second, taylor_mixed,
-            taylor_reference, magnitude_l1, magnitude_l2, wanda, fluctuation or random.
+            taylor_reference, magnitude_l1, magnitude_l2, wanda, fluctuation, obs or random.
         allocation: how much each layer loses: by layer importance (adaptive), the same share (uniform), what
             units ranked together over all layers by importance per parameter (global) or by importance
             (threshold) leave it, or as the published implementation has it, without landing (reference).
@@ -41,6 +41,10 @@ class PruneConfig:
         num_sequences: calibration sequences drawn anew for each iteration.
         sequence_length: tokens of each sequence.
         micro_batch_size: sequences per forward and backward pass.
+        compensation: "least_squares" changes the kept columns of every down_proj and o_proj in each round so
+            that their outputs on the calibration sequences come closest to those before it.
+        ridge: of obs and least_squares: what the second moments of inputs get on top of their diagonal, as a
+            fraction of it. The fewer the calibration tokens, the more is right.
         gradients: "materialised" keeps the gradients of all prunable weights until the batch is through;
             "fused" scores each weight within the backward pass, so that its gradient never exists, and needs
             all num_sequences in one micro-batch; "auto" is fused where that holds and the device is CUDA with
@@ -73,6 +77,8 @@ class PruneConfig:
     num_sequences: int = 512
     sequence_length: int = 64
     micro_batch_size: int = 16
+    compensation: Literal["none", "least_squares"] = "none"
+    ridge: float = 0.3
     gradients: Literal["auto", "fused", "materialised"] = "auto"
     pack: bool = False
     seed: int = 0
@@ -88,6 +94,7 @@ class PruneConfig:
         _require("sequence_length", self.sequence_length, "at least 2", self.sequence_length >= 2)
         _require("seed", self.seed, "at least 0", self.seed >= 0)
         _require("amplitude", self.amplitude, "finite, at least 0", 0 <= self.amplitude < math.inf)
+        _require("ridge", self.ridge, "finite, above 0", 0 < self.ridge < math.inf)
         _require_choices(self)
         if self.gradients == "fused":
             size = self.micro_batch_size
@@ -138,11 +145,14 @@ class ApplyConfig:
         plan: run directory, or its plan.json.
         model: the model the plan was made for: directory, built-in name or name on the hub.
         output: model directory to create.
+        uncompensated: replay a plan that was made with compensation all the same: the kept units with the
+            weights of the original model.
     """
 
     plan: str
     model: str
     output: str
+    uncompensated: bool = False
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ from adapt_pruner.plan import Indices, PruningPlan
 from adapt_pruner.report.plots import plot_run
 from adapt_pruner.run import RunDirectory
 from adapt_pruner.scoring import Estimator
+from adapt_pruner.scoring.gram import column_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,7 +113,7 @@ def prune(
     if RunDirectory(output).complete:
         return _result(RunDirectory(output))
     resolve_device(config.device)
-    require_free_space(output, _saved_bytes(config, checkpoint, target))
+    require_free_space(output, _saved_bytes(config, checkpoint, family, target))
     tokens = _calibration_tokens(config, checkpoint)
     engine = InMemoryEngine(
         checkpoint,
@@ -166,12 +167,20 @@ def _protecting(config: PruneConfig, budget: UnitBudget) -> UnitBudget:
     return dataclasses.replace(budget, protected=protected)
 
 
-def _saved_bytes(config: PruneConfig, checkpoint: Checkpoint, target: int) -> int:
+def _saved_bytes(config: PruneConfig, checkpoint: Checkpoint, family: Family, target: int) -> int:
     """Bytes of the pruned model and what is written beside it."""
     per_parameter = checkpoint.num_bytes / checkpoint.num_parameters
     if config.dtype != "auto":
         per_parameter = 4 if config.dtype == "fp32" else 2
-    return int(target * per_parameter) + 32 * 2**20
+    saved = target
+    if config.compensation != "none":  # the weights that a resume needs, of two iterations for a moment
+        names = [
+            name
+            for layer, widths in enumerate(layer_widths(checkpoint.config))
+            for name in column_weights(family, layer, widths, checkpoint.tensors)
+        ]
+        saved += 2 * sum(checkpoint.tensors[name].numel for name in names)
+    return int(saved * per_parameter) + 32 * 2**20
 
 
 def _calibration_tokens(config: PruneConfig, checkpoint: Checkpoint) -> TokenizedDocuments:
@@ -234,6 +243,8 @@ def _prune(
             )
         plan = saved
         engine.remove_units(plan.keep_indices)
+        if config.compensation != "none":
+            engine.load_tensors(run.load_tensors(iteration))
     run.log("resumed" if state else "started", iteration=iteration, parameters=engine.num_parameters)
     with _deterministic(engine.model.device):
         while engine.num_parameters > target:
@@ -248,7 +259,12 @@ def _prune(
                     for old, new in zip(plan.keep_indices, keep, strict=True)
                 ),
             )
-            run.save_iteration(iteration, record, {"sparsity": sparsity.tolist(), "plan": plan.to_json()})
+            run.save_iteration(
+                iteration,
+                record,
+                {"sparsity": sparsity.tolist(), "plan": plan.to_json()},
+                engine.column_tensors() if config.compensation != "none" else None,
+            )
             run.log("iteration", **{key: record[key] for key in ("iteration", "loss", "parameters")})
             if on_iteration:
                 on_iteration(
@@ -288,6 +304,8 @@ def _iterate(
         estimator=estimator,
         gqa_credit=config.gqa_credit or "owner",
         seed=(config.seed, iteration),
+        grams=config.compensation != "none",
+        ridge=config.ridge,
     )
     clock.append(time.perf_counter())
     layer_importance = normalize_importance(scores.layer_importance, config.normalize)
@@ -306,7 +324,9 @@ def _iterate(
         )
     )
     clock.append(time.perf_counter())
-    engine.remove_units(keep)
+    engine.remove_units(
+        keep, grams=scores.grams if config.compensation != "none" else None, ridge=config.ridge
+    )
     clock.append(time.perf_counter())
     record = {
         "iteration": iteration,

@@ -10,12 +10,16 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from adapt_pruner.checkpoint import write_json, write_text
+from adapt_pruner.checkpoint import write_json, write_tensors, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Settings that do not change the result, so a resumed run may have others.
 _FREE_TO_CHANGE = ("output", "resume")
@@ -25,6 +29,7 @@ class RunDirectory:
     """Layout: config.yaml environment.json log.jsonl metrics.json plan.json iterations/ model/ state/.
 
     `state/` exists from the first finished iteration until the run is complete; `model/` appears by rename.
+    `state/tensors-NNN.safetensors` belongs to iteration NNN of `state/progress.json`, and no other is read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,12 +122,36 @@ class RunDirectory:
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def save_iteration(self, number: int, record: dict[str, Any], state: dict[str, Any]) -> None:
-        """Records a finished iteration; a kill after this resumes behind it."""
+    def save_iteration(
+        self,
+        number: int,
+        record: dict[str, Any],
+        state: dict[str, Any],
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Records a finished iteration; a kill after this resumes behind it.
+
+        Args:
+            tensors: weights that cannot be made again from `state`.
+        """
         (self.path / "iterations").mkdir(exist_ok=True)
         write_json(self.path / "iterations" / f"{number:03}.json", record)
         self._state.parent.mkdir(exist_ok=True)
+        if tensors is not None:
+            write_tensors(self._tensors(number), tensors)
         write_text(self._state, json.dumps({"iteration": number, **state}))
+        for old in self._state.parent.glob("*.safetensors"):  # those of before were needed until here
+            if old != self._tensors(number):
+                old.unlink()
+
+    def load_tensors(self, number: int) -> dict[str, Tensor]:
+        """The tensors that were saved with an iteration, the last finished one."""
+        from safetensors.torch import load_file
+
+        return load_file(self._tensors(number))
+
+    def _tensors(self, number: int) -> Path:
+        return self._state.parent / f"tensors-{number:03}.safetensors"
 
     def load_state(self) -> dict[str, Any] | None:
         """State after the last finished iteration, or None if there is none."""

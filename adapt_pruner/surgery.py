@@ -124,7 +124,9 @@ def _tell_modules(layer: nn.Module, widths: LayerWidths, *, config: bool) -> Non
             module.config = LayerConfigView(module.config, **names)
 
 
-def apply_plan(plan: PruningPlan, model: str | Path, output: str | Path) -> Path:
+def apply_plan(
+    plan: PruningPlan, model: str | Path, output: str | Path, *, uncompensated: bool = False
+) -> Path:
     """Replays a plan on the checkpoint it was made for, shard by shard, without building the model.
 
     The weights keep the dtype they are stored in.
@@ -132,10 +134,13 @@ def apply_plan(plan: PruningPlan, model: str | Path, output: str | Path) -> Path
     Args:
         model: directory of the base model, safetensors.
         output: directory to create; it appears complete or not at all.
+        uncompensated: replay a plan made with compensation all the same; a plan has kept units alone, so the
+            weights are those of the base model.
     Returns:
         `output`.
     Raises:
-        ValueError: the plan was made for another model (family, config, widths or weights differ).
+        ValueError: the plan was made for another model (family, config, widths or weights differ), or with
+            compensation.
         CheckpointError: the checkpoint is damaged. FileExistsError: `output` is not empty.
         OSError: the file system of `output` is too small.
     """
@@ -145,6 +150,13 @@ def apply_plan(plan: PruningPlan, model: str | Path, output: str | Path) -> Path
 
     output = Path(output)
     require_empty(output)
+    compensation = plan.settings.get("compensation", "none")
+    if compensation != "none" and not uncompensated:
+        raise ValueError(
+            f"the plan was made with compensation {compensation!r}, and a plan holds the kept units but not "
+            "the compensated weights: use the model in its run directory, or ask for the kept units with the "
+            "original weights (uncompensated)"
+        )
     checkpoint = open_checkpoint(model)
     family = find_family(checkpoint.config.get("model_type")).with_granularity(plan.granularity)
     _require_same_model(plan, checkpoint, family)

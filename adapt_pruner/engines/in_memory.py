@@ -11,12 +11,14 @@ from torch import Tensor
 
 from adapt_pruner.allocation import Counts, UnitBudget
 from adapt_pruner.checkpoint import Checkpoint, CheckpointError, copy_side_files, open_checkpoint
+from adapt_pruner.compensation import compensated_weights, replace_weights
 from adapt_pruner.families import Granularity, find_family, layer_widths, removal_counts, unit_costs
 from adapt_pruner.kernels.backends import choose_backend
 from adapt_pruner.plan import Indices
 from adapt_pruner.scoring import Scores, score
 from adapt_pruner.scoring.estimators import TAYLOR_FIRST, Estimator, GqaCredit
 from adapt_pruner.scoring.gradients import Gradients
+from adapt_pruner.scoring.gram import RIDGE, Grams, column_weights
 from adapt_pruner.scoring.layers import Metric
 from adapt_pruner.surgery import prune_layer
 
@@ -129,6 +131,8 @@ class InMemoryEngine:
         estimator: Estimator = TAYLOR_FIRST,
         gqa_credit: GqaCredit = "owner",
         seed: tuple[int, ...] = (0,),
+        grams: bool = False,
+        ridge: float = RIDGE,
     ) -> Scores:
         """Unit and layer importance from one pass over `batch`, [sequences, length]; see `scoring.score`."""
         return score(
@@ -142,15 +146,40 @@ class InMemoryEngine:
             estimator=estimator,
             gqa_credit=gqa_credit,
             seed=seed,
+            grams=grams,
+            ridge=ridge,
             backend=self._backend,
         )
 
-    def remove_units(self, keep: Sequence[Mapping[str, Indices]]) -> None:
-        """Keeps the named units of every layer, numbered as they are now; the rest is gone for good."""
-        self.widths = tuple(
-            prune_layer(self.model, self.family, layer, widths, layer_keep, backend=self._backend)
-            for layer, (widths, layer_keep) in enumerate(zip(self.widths, keep, strict=True))
-        )
+    def remove_units(
+        self, keep: Sequence[Mapping[str, Indices]], *, grams: Grams | None = None, ridge: float = RIDGE
+    ) -> None:
+        """Keeps the named units of every layer, numbered as they are now; the rest is gone for good.
+
+        Args:
+            grams: compensate for the removed units by least squares, with these second moments of the
+                inputs of the model as it is now.
+        """
+        result = []
+        for layer, (widths, layer_keep) in enumerate(zip(self.widths, keep, strict=True)):
+            what = (self.model, self.family, layer, widths, layer_keep)
+            compensated = compensated_weights(*what, grams, ridge=ridge) if grams is not None else {}
+            result.append(prune_layer(*what, backend=self._backend))
+            replace_weights(self.model, compensated)
+        self.widths = tuple(result)
+
+    def column_tensors(self) -> dict[str, Tensor]:
+        """Every down_proj and o_proj as it is now, which is what compensation changes."""
+        parameters = dict(self.model.named_parameters())
+        return {
+            name: parameters[name].detach()
+            for layer, widths in enumerate(self.widths)
+            for name in column_weights(self.family, layer, widths, parameters)
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts what `column_tensors` gave into a model that has lost the same units."""
+        replace_weights(self.model, tensors)
 
     def save(self, directory: Path) -> None:
         """Writes the model with its tokenizer files in the native form (formats.md section 1)."""

@@ -26,6 +26,8 @@ from adapt_pruner.scoring.gradients import (
     fisher_importance,
     materialised_importance,
 )
+from adapt_pruner.scoring.gram import Grams
+from adapt_pruner.scoring.obs import removal_errors
 
 GqaCredit = Literal["owner", "modulo"]
 Loss = Literal["batch", "micro_batch", "sequence"]
@@ -43,6 +45,9 @@ class Subject:
         sequences: in the calibration batch.
         one_pass: whether all of them go through together.
         seed: differs from iteration to iteration.
+        grams: second moments of inputs, by the name of the weight, once the passes are through; empty if the
+            estimator does not ask for them and nobody else did.
+        ridge: what they get on top of their diagonal.
         backend: kernels to use.
     """
 
@@ -53,6 +58,8 @@ class Subject:
     sequences: int
     one_pass: bool
     seed: tuple[int, ...]
+    grams: Grams
+    ridge: float
     backend: str
 
 
@@ -71,6 +78,7 @@ class Estimator:
             goes through alone.
         fusible: whether the gradients of weights need not exist (`--gradients fused`).
         biases: whether biases count.
+        grams: whether it needs the second moments of inputs.
         summary: the quantity, in a line.
         source: where it is described.
     """
@@ -82,6 +90,7 @@ class Estimator:
     loss: Loss | None = None
     fusible: bool = False
     biases: bool = True
+    grams: bool = False
 
 
 def weights_alone(score: Callable[[Subject], list[Tensor]]) -> Observe:
@@ -218,6 +227,18 @@ FLUCTUATION = Estimator(
     "sum of w^2 * variance of the input of output columns, standardised per layer and kind",
     _FLAP,
 )
+OBS = Estimator(
+    "obs",
+    weights_alone(
+        lambda subject: [
+            errors.float()
+            for errors in removal_errors(subject.parameters, subject.sets, subject.grams, ridge=subject.ridge)
+        ]
+    ),
+    "squared error that removing the unit leaves in the outputs after the best linear compensation",
+    "optimal brain surgeon (Hassibi and Stork 1993) for whole columns",
+    grams=True,
+)
 RANDOM = Estimator("random", weights_alone(_random), "uniform random numbers", "baseline of arXiv 2305.11627")
 
 ESTIMATORS: tuple[Estimator, ...] = (
@@ -230,6 +251,7 @@ ESTIMATORS: tuple[Estimator, ...] = (
     MAGNITUDE_L2,
     WANDA,
     FLUCTUATION,
+    OBS,
     RANDOM,
 )
 

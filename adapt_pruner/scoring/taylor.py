@@ -14,6 +14,7 @@ from adapt_pruner.allocation import Floats
 from adapt_pruner.families import Family, LayerWidths
 from adapt_pruner.scoring.estimators import TAYLOR_FIRST, Crediting, Estimator, GqaCredit, Subject
 from adapt_pruner.scoring.gradients import Gradients, Importance, fused_importance, uses_fused
+from adapt_pruner.scoring.gram import RIDGE, Grams, InputGrams
 from adapt_pruner.scoring.layers import LayerImportance, Metric
 
 
@@ -25,11 +26,13 @@ class Scores:
         loss: mean causal-LM loss, nats per label token.
         layer_importance: [layers], not normalised.
         unit_importance: per layer and unit kind, [units] float64 copies of the fp32 scores.
+        grams: second moments of the inputs of every down_proj and o_proj, where they were asked for.
     """
 
     loss: float
     layer_importance: Floats
     unit_importance: tuple[dict[str, Floats], ...]
+    grams: Grams | None = None
 
 
 def score(
@@ -44,6 +47,8 @@ def score(
     estimator: Estimator = TAYLOR_FIRST,
     gqa_credit: GqaCredit = "owner",
     seed: tuple[int, ...] = (0,),
+    grams: bool = False,
+    ridge: float = RIDGE,
     backend: str = "auto",
 ) -> Scores:
     """Importance of every unit and layer from one pass over the calibration batch.
@@ -61,6 +66,8 @@ def score(
         estimator: how units are scored.
         gqa_credit: which kv_group a query head counts for; see `Crediting`.
         seed: of random estimators.
+        grams: collect the second moments of inputs, for compensation.
+        ridge: of the estimator obs.
     Raises:
         NonFiniteError: a weight, an activation or a gradient holds NaN or infinity.
         ValueError: the loss is not finite, or the gradients cannot be fused.
@@ -77,8 +84,24 @@ def score(
         credit=gqa_credit,
         biases=estimator.biases,
     )
+    collecting = InputGrams(model, family, widths, backend) if grams or estimator.grams else None
     scoring = _scoring(
-        estimator, model, parameters, crediting, batch, micro_batch_size, gradients, seed, backend
+        estimator,
+        Subject(
+            model,
+            parameters,
+            crediting.sets,
+            crediting.head_dims,
+            sequences=batch.shape[0],
+            one_pass=batch.shape[0] <= micro_batch_size,
+            seed=seed,
+            grams=collecting.grams if collecting else {},
+            ridge=ridge,
+            backend=backend,
+        ),
+        batch,
+        micro_batch_size,
+        gradients,
     )
     layers = model.get_submodule(family.layers_module)
     assert isinstance(layers, nn.ModuleList)
@@ -87,6 +110,7 @@ def score(
     with (
         _evaluating(model),
         scoring as unit_importance,
+        collecting or contextlib.nullcontext({}) as collected,
         LayerImportance(layers, metric, backend) as layer_importance,
         torch.set_grad_enabled(estimator.loss is not None),
     ):
@@ -112,37 +136,22 @@ def score(
         unit_scores = _to_host(crediting.add_up(unit_importance()))
     per_layer = [unit_scores[i : i + len(kinds)] for i in range(0, len(unit_scores), len(kinds))]
     return Scores(
-        loss.item(), layer_scores, tuple(dict(zip(kinds, scores, strict=True)) for scores in per_layer)
+        loss.item(),
+        layer_scores,
+        tuple(dict(zip(kinds, scores, strict=True)) for scores in per_layer),
+        collected,
     )
 
 
 def _scoring(
-    estimator: Estimator,
-    model: nn.Module,
-    parameters: dict[str, nn.Parameter],
-    crediting: Crediting,
-    batch: Tensor,
-    micro_batch_size: int,
-    gradients: Gradients,
-    seed: tuple[int, ...],
-    backend: str,
+    estimator: Estimator, subject: Subject, batch: Tensor, micro_batch_size: int, gradients: Gradients
 ) -> contextlib.AbstractContextManager[Importance]:
     """The context of an estimator."""
     if not estimator.fusible:
         if gradients == "fused":
             raise ValueError(f"gradients is 'fused': the estimator {estimator.name} cannot be scored so")
-    elif uses_fused(gradients, model, crediting.sets, batch, micro_batch_size):
-        return fused_importance(model, parameters, crediting.sets, backend=backend)
-    subject = Subject(
-        model,
-        parameters,
-        crediting.sets,
-        crediting.head_dims,
-        sequences=batch.shape[0],
-        one_pass=batch.shape[0] <= micro_batch_size,
-        seed=seed,
-        backend=backend,
-    )
+    elif uses_fused(gradients, subject.model, subject.sets, batch, micro_batch_size):
+        return fused_importance(subject.model, subject.parameters, subject.sets, backend=subject.backend)
     return estimator.observe(subject)
 
 

@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from adapt_pruner import PruneConfig, prune, summarize
 from adapt_pruner.allocation import select_units
 from adapt_pruner.assets import fetch_model
 from adapt_pruner.checkpoint import open_checkpoint
+from adapt_pruner.compensation import compensated_weights
+from adapt_pruner.data import load_documents, sample_sequences, tokenize
 from adapt_pruner.engines.in_memory import InMemoryEngine
 from adapt_pruner.kernels import backend_status
 
@@ -108,6 +111,41 @@ def test_fused_gradients_take_less_memory():
         assert done.returncode == 0, done.stderr
         peaks[gradients] = json.loads(done.stdout.splitlines()[-1])["peak"]
     assert peaks["fused"] < peaks["materialised"] - 250e6
+
+
+def test_compensation_is_closer_in_every_layer_on_text_it_has_not_seen():
+    """A fifth of the channels and a KV group of three gone; no compensation is the weights as they are."""
+    engine = InMemoryEngine(open_checkpoint(fetch_model(MODEL)), device="cpu")
+    tokens = tokenize(
+        load_documents("default", part="calibration"), AutoTokenizer.from_pretrained(fetch_model(MODEL))
+    )
+    unseen = tokenize(
+        load_documents("default", part="held-out"), AutoTokenizer.from_pretrained(fetch_model(MODEL))
+    )
+    batches = [sample_sequences(part, 16, 64, seed=0, iteration=1) for part in (tokens, unseen)]
+    seen, held_out = (engine.score(b, micro_batch_size=16, estimator=OBS) for b in batches)
+    assert seen.grams is not None
+    assert held_out.grams is not None
+    for layer, (widths, scores) in enumerate(zip(engine.widths, seen.unit_importance, strict=True)):
+        keep = {
+            "channel": select_units(scores["channel"], 1229),
+            "kv_group": select_units(scores["kv_group"], 2),
+        }
+        columns = {
+            "mlp": keep["channel"], "self_attn": np.arange(576).reshape(3, 192)[keep["kv_group"]].ravel()
+        }  # fmt: skip
+        compensated = compensated_weights(
+            engine.model, engine.family, layer, widths, keep, seen.grams, ridge=0.3
+        )
+        assert len(compensated) == 2
+        for name, value in compensated.items():
+            weight, kept = engine.model.get_parameter(name).detach().double(), columns[name.split(".")[3]]
+            errors = []
+            for kept_weight in (value.double(), weight[:, kept]):
+                lost = weight.clone()
+                lost[:, kept] -= kept_weight
+                errors.append(((lost @ held_out.grams[name].products) * lost).sum().item())
+            assert errors[0] < errors[1], name
 
 
 def test_native_ops_are_what_ran():
