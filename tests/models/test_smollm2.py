@@ -20,6 +20,7 @@ from adapt_pruner.compensation import compensated_weights
 from adapt_pruner.data import load_documents, sample_sequences, tokenize
 from adapt_pruner.engines.in_memory import InMemoryEngine
 from adapt_pruner.kernels import backend_status
+from adapt_pruner.scoring.estimators import OBS
 
 pytestmark = pytest.mark.real_model
 

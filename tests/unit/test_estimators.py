@@ -11,6 +11,7 @@ from torch.nn import functional
 from adapt_pruner import kernels
 from adapt_pruner.families import find_family, layer_widths
 from adapt_pruner.scoring import ESTIMATORS, find_estimator, score
+from adapt_pruner.scoring.gram import RIDGE
 
 HEAD_DIM, KV, HEADS = SHAPE["head_dim"], SHAPE["num_key_value_heads"], SHAPE["num_attention_heads"]
 BATCH = torch.randint(3, VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(1))
@@ -107,12 +108,31 @@ def fluctuation(model):
     ]
 
 
+def obs(model):
+    def errors(w, x, size):
+        """trace(W_G ((C^-1)_GG)^-1 W_G^T) of each group of columns, C with the ridge on its diagonal."""
+        moments = x.T @ x
+        inverse = torch.linalg.inv(moments + RIDGE * moments.diagonal().diag())
+        groups = torch.arange(w.shape[1]).split(size)
+        return torch.stack(
+            [w[:, g].T.mul(torch.linalg.solve(inverse[g][:, g], w[:, g].T)).sum() for g in groups]
+        )
+
+    by_size = [output_columns(model, lambda w, x, n=n: errors(w, x, n)) for n in (HEADS // KV * HEAD_DIM, 1)]
+    return [
+        {"kv_group": o.detach().numpy(), "channel": down.detach().numpy()}
+        for (o, _), (_, down) in zip(*by_size, strict=True)
+    ]
+
+
 def expected(name, model):
     model = model.double().requires_grad_(True)
     if name == "wanda":
         return wanda(model)
     if name == "fluctuation":
         return fluctuation(model)
+    if name == "obs":
+        return obs(model)
     if name.startswith("magnitude"):
         return by_unit(model, torch.abs if name == "magnitude_l1" else torch.square)
     g = gradients(model)
