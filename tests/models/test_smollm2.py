@@ -115,7 +115,10 @@ def test_fused_gradients_take_less_memory():
 
 
 def test_compensation_is_closer_in_every_layer_on_text_it_has_not_seen():
-    """A fifth of the channels and a KV group of three gone; no compensation is the weights as they are."""
+    """A fifth of the channels and a KV group of three gone; no compensation is the weights as they are.
+
+    A ridge above the default: in every single layer, 4,096 tokens of mixed text are few for 1,536 columns.
+    """
     engine = InMemoryEngine(open_checkpoint(fetch_model(MODEL)), device="cpu")
     tokens = tokenize(
         load_documents("default", part="calibration"), AutoTokenizer.from_pretrained(fetch_model(MODEL))
@@ -123,10 +126,11 @@ def test_compensation_is_closer_in_every_layer_on_text_it_has_not_seen():
     unseen = tokenize(
         load_documents("default", part="held-out"), AutoTokenizer.from_pretrained(fetch_model(MODEL))
     )
-    batches = [sample_sequences(part, 16, 64, seed=0, iteration=1) for part in (tokens, unseen)]
+    batches = [sample_sequences(part, n, 64, seed=0) for part, n in ((tokens, 64), (unseen, 16))]
     seen, held_out = (engine.score(b, micro_batch_size=16, estimator=OBS) for b in batches)
     assert seen.grams is not None
     assert held_out.grams is not None
+    ratios = {}
     for layer, (widths, scores) in enumerate(zip(engine.widths, seen.unit_importance, strict=True)):
         keep = {
             "channel": select_units(scores["channel"], 1229),
@@ -136,7 +140,7 @@ def test_compensation_is_closer_in_every_layer_on_text_it_has_not_seen():
             "mlp": keep["channel"], "self_attn": np.arange(576).reshape(3, 192)[keep["kv_group"]].ravel()
         }  # fmt: skip
         compensated = compensated_weights(
-            engine.model, engine.family, layer, widths, keep, seen.grams, ridge=0.3
+            engine.model, engine.family, layer, widths, keep, seen.grams, ridge=1.0
         )
         assert len(compensated) == 2
         for name, value in compensated.items():
@@ -146,7 +150,9 @@ def test_compensation_is_closer_in_every_layer_on_text_it_has_not_seen():
                 lost = weight.clone()
                 lost[:, kept] -= kept_weight
                 errors.append(((lost @ held_out.grams[name].products) * lost).sum().item())
-            assert errors[0] < errors[1], name
+            ratios[name] = errors[0] / errors[1]
+    assert len(ratios) == 60
+    assert max(ratios.values()) < 1, ratios
 
 
 def test_native_ops_are_what_ran():

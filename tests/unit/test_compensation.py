@@ -13,6 +13,7 @@ from test_pruner import SETTINGS, bytes_of, settings  # noqa: F401
 from tiny import make_model
 
 from adapt_pruner import PruneConfig, apply_plan, prune
+from adapt_pruner.cli import main
 from adapt_pruner.compensation import compensated_weights, least_squares, replace_weights
 from adapt_pruner.families import find_family, layer_widths
 from adapt_pruner.kernels import NonFiniteError
@@ -272,7 +273,10 @@ def test_a_plan_with_compensation_is_not_replayed_silently(settings, tiny_models
     with pytest.raises(ValueError, match="not the compensated weights"):
         apply_plan(result.plan, tiny_models["llama"], tmp_path / "applied")
     assert not (tmp_path / "applied").exists()
-    apply_plan(result.plan, tiny_models["llama"], tmp_path / "applied", uncompensated=True)
+    command = ["apply", str(result.run_directory), str(tiny_models["llama"])]
+    command += ["--output", str(tmp_path / "applied")]
+    assert main(command) == 1
+    assert main([*command, "--uncompensated"]) == 0
     ours, theirs = (
         load_file(d / "model.safetensors") for d in (result.model_directory, tmp_path / "applied")
     )

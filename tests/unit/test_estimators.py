@@ -210,7 +210,7 @@ def test_only_estimators_that_need_it_run_a_backward_pass(monkeypatch, estimator
 
 
 def test_the_estimators_without_a_backward_pass():
-    assert WITHOUT_BACKWARD == ["magnitude_l1", "magnitude_l2", "wanda", "fluctuation", "random"]
+    assert WITHOUT_BACKWARD == ["magnitude_l1", "magnitude_l2", "wanda", "fluctuation", "obs", "random"]
 
 
 def test_random_is_of_its_seed_alone():
