@@ -67,7 +67,7 @@ class PruneConfig:
     allocation: Literal["adaptive", "uniform", "global", "threshold", "reference"] | None = None
     gqa_credit: Literal["owner", "modulo"] | None = None
     protected_layers: str | None = None
-    granularity: Literal["kv_group", "query_head"] = "kv_group"
+    granularity: Literal["kv_group", "query_head"] | None = None
     iterations: int = 50
     amplitude: float = 0.02
     layer_metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"
@@ -77,7 +77,7 @@ class PruneConfig:
     num_sequences: int = 512
     sequence_length: int = 64
     micro_batch_size: int = 16
-    compensation: Literal["none", "least_squares"] = "none"
+    compensation: Literal["none", "least_squares"] | None = None
     ridge: float = 0.3
     gradients: Literal["auto", "fused", "materialised"] = "auto"
     pack: bool = False

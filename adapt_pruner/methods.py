@@ -84,7 +84,7 @@ METHODS: tuple[Method, ...] = (
         estimator=FLUCTUATION,
         allocation="threshold",
         one_shot=True,
-        # compensation="bias" as soon as there is such a compensation.
+        # compensation="bias" as soon as there is one: FLAP adds W[:, removed] times the mean input to a bias.
     ),
     Method(
         "wanda-sp",

@@ -103,9 +103,11 @@ def prune(
     Source: arXiv 2502.03460 section 3, algorithm.md section 4.
     """
     checkpoint = open_checkpoint(resolve_model(config.model))
-    family = find_family(checkpoint.config.get("model_type")).with_granularity(config.granularity)
+    family = find_family(checkpoint.config.get("model_type"))
+    config, estimator = resolve(config, len(layer_widths(checkpoint.config)), method)
+    granularity = config.granularity or "kv_group"
+    family = family.with_granularity(granularity)
     budget, embeddings = _header_budget(checkpoint, family)
-    config, estimator = resolve(config, len(budget.initial), method)
     budget = _protecting(config, budget)
     target = resolve_target(config, budget, embeddings)
     output = Path(config.output)
@@ -120,7 +122,7 @@ def prune(
         device=config.device,
         dtype=config.dtype,
         backend=config.backend,
-        granularity=config.granularity,
+        granularity=granularity,
     )
     run = RunDirectory.open(output, config, resume=config.resume)
     try:

@@ -249,6 +249,24 @@ def test_a_method_of_ones_own_can_be_resumed(settings):
         find_method("mine")
 
 
+def test_granularity_and_compensation_of_a_method_are_what_is_done(settings, tmp_path):
+    mine = Method("mine", "-", "-", granularity="query_head", compensation="least_squares")
+    result = prune(settings(target=0.8), method=mine)
+    assert set(result.plan.keep_indices[0]) == {"query_head", "channel"}
+    decided = result.plan.settings
+    assert (decided["granularity"], decided["compensation"]) == ("query_head", "least_squares")
+    by_options = prune(
+        settings(
+            target=0.8, granularity="query_head", compensation="least_squares", output=str(tmp_path / "b")
+        )
+    )
+    assert kept(by_options.plan) == kept(result.plan)
+    given = settings(target=0.8, granularity="kv_group", compensation="none", output=str(tmp_path / "c"))
+    assert kept(prune(given, method=mine).plan) == kept(
+        prune(settings(target=0.8, output=str(tmp_path / "d"))).plan
+    )
+
+
 def test_the_command_line_lists_methods_and_estimators(capsys):
     assert cli.main(["methods", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
