@@ -189,11 +189,11 @@ def test_an_interrupted_run_ends_with_the_same_bytes(settings, tmp_path, monkeyp
     config = settings("qwen3", output=str(tmp_path / "broken"))
     removed = []
 
-    def interrupt(engine, keep, original=InMemoryEngine.remove_units):
+    def interrupt(engine, keep, original=InMemoryEngine.remove_units, **more):
         removed.append(keep)
         if len(removed) == 3:
             raise KeyboardInterrupt
-        original(engine, keep)
+        original(engine, keep, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(InMemoryEngine, "remove_units", interrupt)
