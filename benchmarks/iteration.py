@@ -39,10 +39,11 @@ class Workload:
         from adapt_pruner.assets import resolve_model
         from adapt_pruner.checkpoint import open_checkpoint
         from adapt_pruner.engines.in_memory import InMemoryEngine
-        from adapt_pruner.families import unit_counts
+        from adapt_pruner.families import layer_widths, unit_counts
+        from adapt_pruner.methods import resolve
         from adapt_pruner.pruner import _calibration_tokens, _draw
 
-        self.config = PruneConfig(
+        config = PruneConfig(
             options.model,
             0.8,
             "unused",
@@ -52,6 +53,7 @@ class Workload:
             device="cpu",
         )
         checkpoint = open_checkpoint(resolve_model(options.model))
+        self.config, self.estimator = resolve(config, len(layer_widths(checkpoint.config)))
         self.tokens = _calibration_tokens(self.config, checkpoint)
         self.batch = _draw(self.config, self.tokens, 1)
         self.baseline = peak_memory(reset=True)
@@ -95,7 +97,7 @@ class Workload:
 
         sparsity = np.zeros(len(self.initial))
         floor = self.engine.budget(self.initial).floor  # far away, as in the middle of a run
-        _iterate(self.config, self.engine, self.tokens, self.initial, sparsity, floor, 1)
+        _iterate(self.config, self.estimator, self.engine, self.tokens, self.initial, sparsity, floor, 1)
 
 
 def measure_time(options: argparse.Namespace) -> dict[str, Any]:

@@ -40,7 +40,8 @@ enum {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
-  cudaErrorLaunchFailure = 719
+  cudaErrorLaunchFailure = 719,
+  cudaErrorStreamCaptureUnsupported = 900
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
@@ -258,6 +259,11 @@ int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size
 }
 inline int cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind, cudaStream_t) {
   std::memcpy(target, source, bytes);
+  return cudaSuccess;
+}
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0 };
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 inline int cudaDriverGetVersion(int* version) {
