@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+RIDGE = 0.3  # on top of the diagonal of second moments of inputs, as a fraction of it
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -78,7 +79,7 @@ class PruneConfig:
     sequence_length: int = 64
     micro_batch_size: int = 16
     compensation: Literal["none", "least_squares"] | None = None
-    ridge: float = 0.3
+    ridge: float = RIDGE
     gradients: Literal["auto", "fused", "materialised"] = "auto"
     pack: bool = False
     seed: int = 0

@@ -12,13 +12,14 @@ from torch import Tensor
 from adapt_pruner.allocation import Counts, UnitBudget
 from adapt_pruner.checkpoint import Checkpoint, CheckpointError, copy_side_files, open_checkpoint
 from adapt_pruner.compensation import compensated_weights, replace_weights
+from adapt_pruner.config import RIDGE
 from adapt_pruner.families import Granularity, find_family, layer_widths, removal_counts, unit_costs
 from adapt_pruner.kernels.backends import choose_backend
 from adapt_pruner.plan import Indices
 from adapt_pruner.scoring import Scores, score
 from adapt_pruner.scoring.estimators import TAYLOR_FIRST, Estimator, GqaCredit
 from adapt_pruner.scoring.gradients import Gradients
-from adapt_pruner.scoring.gram import RIDGE, Grams, column_weights
+from adapt_pruner.scoring.gram import Grams, column_weights
 from adapt_pruner.scoring.layers import Metric
 from adapt_pruner.surgery import prune_layer
 

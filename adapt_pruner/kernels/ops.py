@@ -140,7 +140,8 @@ def unit_importances(
                 [i for i, s in enumerate(sets) for _ in s.weights],
             )
         scores = list(together.split([s.units for s in sets]))
-    if check_finite and not torch.compiler.is_compiling():
+    if check_finite and not torch.compiler.is_compiling() and not bool(torch.cat(scores).isfinite().all()):
+        # the device is waited for once, however many sets there are; only now is it worth asking which one
         for s, values in zip(sets, scores, strict=True):
             check_scores(values, s.weights, s.grads, s.fishers, s.names)
     return scores

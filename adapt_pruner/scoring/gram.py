@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from adapt_pruner.families import Family, LayerWidths
 from adapt_pruner.kernels import ActivationStats, NonFiniteError
 
-RIDGE = 0.3  # on top of the diagonal of second moments, as a fraction of it
-
 
 @dataclass(frozen=True)
 class InputGram:

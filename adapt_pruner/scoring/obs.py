@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from adapt_pruner.allocation import Floats
+from adapt_pruner.config import RIDGE
 from adapt_pruner.families import Family, LayerWidths
 from adapt_pruner.scoring.gradients import UnitTensors
-from adapt_pruner.scoring.gram import RIDGE, Grams, InputGram, cholesky
+from adapt_pruner.scoring.gram import Grams, InputGram, cholesky
 
 
 def obs_importance(

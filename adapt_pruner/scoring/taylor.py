@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from adapt_pruner.allocation import Floats
+from adapt_pruner.config import RIDGE
 from adapt_pruner.families import Family, LayerWidths
 from adapt_pruner.scoring.estimators import TAYLOR_FIRST, Crediting, Estimator, GqaCredit, Subject
 from adapt_pruner.scoring.gradients import Gradients, Importance, fused_importance, uses_fused
-from adapt_pruner.scoring.gram import RIDGE, Grams, InputGrams
+from adapt_pruner.scoring.gram import Grams, InputGrams
 from adapt_pruner.scoring.layers import LayerImportance, Metric
 
 

@@ -9,9 +9,9 @@ from tiny import SHAPE, VOCABULARY, make_model
 from torch.nn import functional
 
 from adapt_pruner import kernels
+from adapt_pruner.config import RIDGE
 from adapt_pruner.families import find_family, layer_widths
 from adapt_pruner.scoring import ESTIMATORS, find_estimator, score
-from adapt_pruner.scoring.gram import RIDGE
 
 HEAD_DIM, KV, HEADS = SHAPE["head_dim"], SHAPE["num_key_value_heads"], SHAPE["num_attention_heads"]
 BATCH = torch.randint(3, VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(1))
