@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -16,7 +16,8 @@ NORMALIZATIONS: tuple[Normalization, ...] = ("max", "rank", "zscore_clip")
 AllocationName = Literal["adaptive", "uniform", "global", "threshold", "reference"]
 
 MAX_SPARSITY = 0.99
-FINE_UNIT = "channel"  # the unit that is traded one by one to land on the budget
+FINE_UNIT = "channel"  # there are so many that landing takes no other unit while these suffice
+ATTENTION_UNITS = ("kv_group", "query_head")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class UnitBudget:
         cost: per layer, parameters of one unit of each kind.
         num_parameters: parameters of the model now.
         protected: layers that lose nothing.
+        rates: by kind, the multiple of a layer's sparsity that its units lose, 1 if not given. Those of a
+            kind at rate 0 stay. A ranking divides their price by it, or multiplies where that is negative.
     """
 
     initial: Counts
@@ -36,6 +39,10 @@ class UnitBudget:
     cost: Counts
     num_parameters: int
     protected: frozenset[int] = frozenset()
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    def rate(self, kind: str) -> float:
+        return self.rates.get(kind, 1.0)
 
     def parameters(self, counts: Counts) -> int:
         """Parameters of the model once `counts` units remain."""
@@ -46,14 +53,20 @@ class UnitBudget:
         )
 
     @property
-    def floor(self) -> int:
-        """Parameters with one unit of each kind per unprotected layer: no budget below it can be met."""
-        return self.parameters(
-            tuple(
-                layer if i in self.protected else dict.fromkeys(layer, 1)
-                for i, layer in enumerate(self.current)
-            )
+    def least(self) -> Counts:
+        """Units that stay whatever the target: one of each kind, and all that may not go."""
+        return tuple(
+            {
+                kind: n if i in self.protected or self.rate(kind) == 0 else min(n, 1)
+                for kind, n in layer.items()
+            }
+            for i, layer in enumerate(self.current)
         )
+
+    @property
+    def floor(self) -> int:
+        """Parameters with the least units: no budget below it can be met."""
+        return self.parameters(self.least)
 
 
 @dataclass(frozen=True)
@@ -100,24 +113,27 @@ def next_sparsity(
 def counts_at(budget: UnitBudget, sparsity: Floats, rows: int | None = None) -> Counts:
     """Units each layer keeps at a cumulative sparsity; units never come back and one always stays.
 
-    Channels round down; kv_groups go only when their full share is due.
+    Channels round down; other units go only when their full share is due.
 
     Args:
         rows: of a kv_group. Given, rows are counted as the published implementation does: those that stay
             round down, so that a group goes up to a row early.
     """
     counts = []
-    for i, (initial, current) in enumerate(zip(budget.initial, budget.current, strict=True)):
-        s, layer = float(sparsity[i]), {}
+    for i, (initial, current, least) in enumerate(
+        zip(budget.initial, budget.current, budget.least, strict=True)
+    ):
+        layer = {}
         for kind, n in initial.items():
+            s = min(float(sparsity[i]) * budget.rate(kind), MAX_SPARSITY)
             if kind == FINE_UNIT:
                 due = int(n * (1 - s))
             elif rows is None:
                 due = n - int(np.floor(n * s + 1e-9))
             else:
                 due = current[kind] - (current[kind] * rows - int(n * rows * (1 - s))) // rows
-            layer[kind] = min(current[kind], max(1, due))
-        counts.append(dict(current) if i in budget.protected else layer)
+            layer[kind] = min(current[kind], max(least[kind], due))
+        counts.append(layer)
     return tuple(counts)
 
 
@@ -133,10 +149,11 @@ def allocate(
 ) -> Allocation:
     """One iteration of the adaptive allocation, landing on the budget when this iteration reaches it.
 
-    A step that would reach the target is scaled down until it just does not, and the rest goes channel by
-    channel, least importance per parameter first. The result then has at most `target` parameters and less
-    than one channel's parameters below it; only where a group had to go that is bigger than all channels
-    left together it may be further below.
+    A step that would reach the target is scaled down until it just does not, and the rest goes unit by unit,
+    least importance per parameter first: channels as long as they suffice. The result then has at most
+    `target` parameters and less than one channel's parameters below it (where channels may not go, one of
+    the smallest unit's that may); only where a group had to go that is bigger than all channels left
+    together it may be further below.
 
     Args:
         sparsity: [layers], cumulative sparsity so far, as a fraction of the initial units.
@@ -204,16 +221,16 @@ def allocate_by_rank(
     assert target >= budget.floor
     share = -((budget.floor - budget.parameters(budget.initial)) // iterations)
     goal = max(target, budget.num_parameters - share)
+    least = budget.least
     places = [
-        (i, kind)
-        for i, layer in enumerate(budget.current)
-        for kind in layer
-        if i not in budget.protected and layer[kind] > 1
+        (i, kind) for i, layer in enumerate(budget.current) for kind in layer if layer[kind] > least[i][kind]
     ]
     prices, costs, owners = [], [], []
     for place, (i, kind) in enumerate(places):
-        scores, cost = np.sort(unit_importance[i][kind])[:-1], budget.cost[i][kind]
-        prices.append(scores / cost if per_parameter else scores)
+        cost, rate = budget.cost[i][kind], budget.rate(kind)
+        scores = np.sort(unit_importance[i][kind])[: budget.current[i][kind] - least[i][kind]]
+        price = scores / cost if per_parameter else scores
+        prices.append(np.where(price < 0, price * rate, price / rate))
         costs.append(np.full(len(scores), cost))
         owners.append(np.full(len(scores), place))
     counts = tuple(dict(layer) for layer in budget.current)
@@ -276,54 +293,63 @@ def _removed_share(budget: UnitBudget, counts: Counts) -> Floats:
 def _trade(
     budget: UnitBudget, counts: Counts, unit_importance: Sequence[Mapping[str, Floats]], target: int
 ) -> Counts:
-    """Removes single channels, least importance per parameter first, until the budget is met.
+    """Removes single units, least importance per parameter first, until the budget is met.
 
-    kv_groups go only if the channels cannot carry what is left.
+    Channels go as long as they can carry what is left. Where they may not go, all kinds are traded together:
+    the cheapest that fits, and the smallest once none does.
     """
     counts = tuple(dict(layer) for layer in counts)
-    free = [i for i in range(len(counts)) if i not in budget.protected]
+    least, cost = budget.least, budget.cost
     ascending = [{kind: np.sort(scores) for kind, scores in layer.items()} for layer in unit_importance]
 
     def next_price(layer: int, kind: str) -> float:
         removed = len(ascending[layer][kind]) - counts[layer][kind]
-        return float(ascending[layer][kind][removed]) / budget.cost[layer][kind]
+        return float(ascending[layer][kind][removed]) / cost[layer][kind]
 
-    def removable(kind: str) -> list[int]:
-        return [i for i in free if counts[i][kind] > 1]
+    def removable(fine: bool) -> list[tuple[int, str]]:
+        return [
+            (i, kind)
+            for i, layer in enumerate(counts)
+            for kind in layer
+            if (kind == FINE_UNIT) == fine and layer[kind] > least[i][kind]
+        ]
 
-    coarse = [kind for kind in counts[0] if kind != FINE_UNIT]
-    while budget.parameters(counts) - target > sum(
-        (counts[i][FINE_UNIT] - 1) * budget.cost[i][FINE_UNIT] for i in free
-    ):
-        _, layer, kind = min((next_price(i, kind), i, kind) for kind in coarse for i in removable(kind))
-        counts[layer][kind] -= 1
-
-    prices, owners = [], []
-    for i in free:
-        scores = ascending[i][FINE_UNIT]
-        removed = len(scores) - counts[i][FINE_UNIT]
-        candidates = scores[removed : len(scores) - 1] / budget.cost[i][FINE_UNIT]
-        prices.append(candidates)
-        owners.append(np.full(len(candidates), i))
-    owner = np.concatenate(owners)[np.argsort(np.concatenate(prices), kind="stable")]
     excess = budget.parameters(counts) - target
-    for i in owner.tolist():
+    fine = removable(fine=True)
+    carried = sum((counts[i][kind] - least[i][kind]) * cost[i][kind] for i, kind in fine)
+    while excess > carried:
+        coarse = removable(fine=False)
+        if by_price := [(i, kind) for i, kind in coarse if fine or cost[i][kind] <= excess]:
+            _, i, kind = min((next_price(i, kind), i, kind) for i, kind in by_price)
+        else:
+            _, _, i, kind = min((cost[i][kind], next_price(i, kind), i, kind) for i, kind in coarse)
+        counts[i][kind] -= 1
+        excess -= cost[i][kind]
+
+    prices, owners = [np.empty(0)], [np.empty(0, int)]
+    for place, (i, kind) in enumerate(fine):
+        scores = ascending[i][kind]
+        candidates = scores[len(scores) - counts[i][kind] : len(scores) - least[i][kind]] / cost[i][kind]
+        prices.append(candidates)
+        owners.append(np.full(len(candidates), place))
+    for place in np.concatenate(owners)[np.argsort(np.concatenate(prices), kind="stable")].tolist():
         if excess <= 0:
             break
-        counts[i][FINE_UNIT] -= 1
-        excess -= budget.cost[i][FINE_UNIT]
-    # Where a whole group had to go, channels removed before it may fit again.
-    for i in sorted(free, key=lambda i: -_last_removed(ascending[i][FINE_UNIT], counts[i])):
-        room = min(-excess // budget.cost[i][FINE_UNIT], budget.current[i][FINE_UNIT] - counts[i][FINE_UNIT])
-        if room > 0:
-            counts[i][FINE_UNIT] += room
-            excess += room * budget.cost[i][FINE_UNIT]
+        i, kind = fine[place]
+        counts[i][kind] -= 1
+        excess -= cost[i][kind]
+    # Where a whole group had to go, what was removed before it may fit again.
+    gone = [
+        (float(ascending[i][kind][n - counts[i][kind] - 1]), i, kind)
+        for i, layer in enumerate(budget.current)
+        for kind, n in layer.items()
+        if n > counts[i][kind]
+    ]
+    for _, i, kind in sorted(gone, key=lambda unit: -unit[0]):
+        room = min(-excess // cost[i][kind], budget.current[i][kind] - counts[i][kind])
+        counts[i][kind] += room
+        excess += room * cost[i][kind]
     return counts
-
-
-def _last_removed(ascending: Floats, counts: Mapping[str, int]) -> float:
-    removed = len(ascending) - counts[FINE_UNIT]
-    return float(ascending[removed - 1]) if removed else -np.inf
 
 
 def bundle_importance(importance: Floats, lanes: int) -> Floats:

@@ -31,6 +31,9 @@ class PruneConfig:
         protected_layers: layers that lose nothing, such as 0-3,30,-1 (the last), or none.
         granularity: what attention is pruned by: whole KV groups (kv_group), or as many query heads of each
             remaining KV group of a layer (query_head).
+        attention_rate: the multiple of a layer's sparsity that its attention units lose, 0 for none. The
+            allocations global and threshold divide the price of a unit by it.
+        mlp_rate: the same for the channels.
         iterations: pruning rounds that would remove everything; each removes 1/iterations on average.
             One-shot methods ignore it.
         amplitude: how far a layer's share of a round may differ from the average.
@@ -69,6 +72,8 @@ class PruneConfig:
     gqa_credit: Literal["owner", "modulo"] | None = None
     protected_layers: str | None = None
     granularity: Literal["kv_group", "query_head"] | None = None
+    attention_rate: float | None = None
+    mlp_rate: float | None = None
     iterations: int = 50
     amplitude: float = 0.02
     layer_metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"
@@ -95,6 +100,15 @@ class PruneConfig:
         _require("sequence_length", self.sequence_length, "at least 2", self.sequence_length >= 2)
         _require("seed", self.seed, "at least 0", self.seed >= 0)
         _require("amplitude", self.amplitude, "finite, at least 0", 0 <= self.amplitude < math.inf)
+        for name in ("attention_rate", "mlp_rate"):
+            rate = getattr(self, name)
+            _require(name, rate, "finite, at least 0, or not given", rate is None or 0 <= rate < math.inf)
+        _require(
+            "mlp_rate",
+            self.mlp_rate,
+            "above 0 beside attention_rate 0",
+            self.attention_rate != 0 or self.mlp_rate != 0,
+        )
         _require("ridge", self.ridge, "finite, above 0", 0 < self.ridge < math.inf)
         _require_choices(self)
         if self.gradients == "fused":

@@ -38,6 +38,7 @@ class Method:
         one_shot: prunes in one round, whatever `iterations` says.
         gqa_credit: which KV group a query head counts for.
         granularity: unit of attention.
+        attention_rate, mlp_rate: multiple of a layer's sparsity that its attention units, its channels lose.
         compensation: what the kept weights do about the removed ones.
         protected: share of the layers at the start and at the end that lose nothing, rounded up.
     """
@@ -50,6 +51,8 @@ class Method:
     one_shot: bool = False
     gqa_credit: GqaCredit = "owner"
     granularity: str = "kv_group"
+    attention_rate: float = 1.0
+    mlp_rate: float = 1.0
     compensation: str = "none"
     protected: tuple[float, float] = (0.0, 0.0)
 

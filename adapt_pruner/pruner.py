@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from adapt_pruner.allocation import (
+    ATTENTION_UNITS,
     Allocation,
     Floats,
     UnitBudget,
@@ -108,7 +109,7 @@ def prune(
     granularity = config.granularity or "kv_group"
     family = family.with_granularity(granularity)
     budget, embeddings = _header_budget(checkpoint, family)
-    budget = _protecting(config, budget)
+    budget = _restricted(config, budget)
     target = resolve_target(config, budget, embeddings)
     output = Path(config.output)
     RunDirectory(output).check(config, resume=config.resume)
@@ -139,14 +140,17 @@ def resolve_target(config: PruneConfig, budget: UnitBudget, embeddings: int) -> 
         budget: of the model before pruning.
         embeddings: its parameters in embedding and head.
     Raises:
-        ValueError: more than the model has, or less than one unit of each kind per layer leaves.
+        ValueError: more than the model has, or less than what stays whatever the target.
     """
     base = embeddings if config.target_of == "non-embedding" else 0
     now, floor = budget.num_parameters - base, budget.floor - base
     value = parse_target(config.target)
     target = int(value * now) if isinstance(value, float) else value
     if not floor <= target <= now:
-        relation = "above the current size" if target > now else "below what one unit per layer leaves"
+        stays = [f"all of {kind} ({_rate_of(kind)} 0)" for kind, rate in budget.rates.items() if rate == 0]
+        stays += [f"layers {config.protected_layers} (protected)"] if budget.protected else []
+        least = " beside ".join(["one unit per layer leaves", *stays])
+        relation = "above the current size" if target > now else f"below what {least}"
         raise ValueError(
             f"target {config.target} of {config.target_of} is {target:,} parameters, {relation}: "
             f"expected {floor:,} to {now:,}"
@@ -164,9 +168,19 @@ def _header_budget(checkpoint: Checkpoint, family: Family) -> tuple[UnitBudget, 
     return UnitBudget(counts, counts, costs, checkpoint.num_parameters), embeddings
 
 
-def _protecting(config: PruneConfig, budget: UnitBudget) -> UnitBudget:
+def _restricted(config: PruneConfig, budget: UnitBudget) -> UnitBudget:
+    """The budget with what the settings say may go, and how fast."""
     protected = parse_layers(config.protected_layers or "none", len(budget.initial))
-    return dataclasses.replace(budget, protected=protected)
+    rates = {
+        kind: getattr(config, _rate_of(kind))
+        for kind in sorted({k for layer in budget.initial for k in layer})
+    }
+    return dataclasses.replace(budget, protected=protected, rates=rates)
+
+
+def _rate_of(kind: str) -> str:
+    """The setting that says how fast units of a kind go."""
+    return "attention_rate" if kind in ATTENTION_UNITS else "mlp_rate"
 
 
 def _saved_bytes(config: PruneConfig, checkpoint: Checkpoint, family: Family, target: int) -> int:
@@ -316,7 +330,7 @@ def _iterate(
         {kind: bundle_importance(values, layer_lanes[kind]) for kind, values in layer.items()}
         for layer, layer_lanes in zip(scores.unit_importance, lanes, strict=True)
     )
-    budget = _protecting(config, engine.budget(initial))
+    budget = _restricted(config, engine.budget(initial))
     rows = engine.widths[0].head_dim
     allocation = _allocate(config, budget, sparsity, layer_importance, bundled, target, rows)
     keep = tuple(

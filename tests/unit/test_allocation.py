@@ -584,6 +584,56 @@ def test_the_published_allocation_overshoots_and_says_when_it_cannot_go_on():
         allocate_as_published(spent, np.full(1, 0.99), np.zeros(1), target=1110, **rounds)
 
 
+# Rates of kinds
+
+
+def test_a_rate_is_a_multiple_of_the_layers_sparsity():
+    budget = dataclasses.replace(make_budget([(10, 100)]), rates={"kv_group": 0.5, "channel": 2.0})
+    for s, groups, channels in ((0.1, 10, 80), (0.2, 9, 60), (0.4, 8, 19), (0.6, 7, 1), (0.99, 6, 1)):
+        assert counts_at(budget, np.array([s])) == ({"kv_group": groups, "channel": channels},), s
+    still = dataclasses.replace(budget, rates={"kv_group": 0.0})
+    assert counts_at(still, np.array([0.9])) == ({"kv_group": 10, "channel": 9},)
+    assert still.floor == budget.floor + 9 * 300
+
+
+@pytest.mark.parametrize("rate", [0.25, 4.0])
+@pytest.mark.parametrize("shift", [0.0, 40.0])  # all prices positive, all negative
+def test_a_ranking_divides_the_price_by_the_rate(rate, shift):
+    budget = make_budget([(10, 100)] * 2, channel_cost=10, group_cost=100)
+    scores = random_scores(budget, 1, shift)
+    removed = {}
+    for r in (1.0, rate):
+        rated = dataclasses.replace(budget, rates={"kv_group": r})
+        target = int(0.7 * budget.num_parameters)
+        done = allocate_by_rank(rated, scores, target=target, iterations=1, per_parameter=False)
+        removed[r] = sum(10 - layer["kv_group"] for layer in done.counts)
+    assert (removed[rate] > removed[1.0]) == (rate > 1)
+    assert removed[rate] != removed[1.0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_without_channels_landing_trades_the_cheapest_units_that_fit(seed):
+    rng = np.random.default_rng(seed)
+    initial = tuple({"kv_group": int(n), "channel": 50} for n in rng.integers(2, 9, size=5))
+    cost = tuple({"kv_group": int(c), "channel": 10} for c in rng.integers(100, 400, size=5))
+    total = 2000 + sum(layer[k] * c[k] for layer, c in zip(initial, cost, strict=True) for k in layer)
+    budget = UnitBudget(initial, initial, cost, total, rates={"channel": 0.0})
+    scores, importance = random_scores(budget, seed), normalize_importance(rng.normal(size=5))
+    for share in (0.3, 0.7, 0.95):
+        target = budget.floor + int(share * (total - budget.floor))
+        for done in (
+            allocate(budget, np.zeros(5), importance, scores, target=target, iterations=1, amplitude=0.05),
+            allocate_uniform(budget, np.zeros(5), scores, target=target, iterations=1),
+            allocate_by_rank(budget, scores, target=target, iterations=1, per_parameter=True),
+        ):
+            assert [layer["channel"] for layer in done.counts] == [50] * 5
+            assert 0 <= target - budget.parameters(done.counts) < max(c["kv_group"] for c in cost)
+            # Nothing that went fits again.
+            for before, after, price in zip(initial, done.counts, cost, strict=True):
+                fits = budget.parameters(done.counts) + price["kv_group"] <= target
+                assert not fits or before == after
+
+
 # Lanes of units that shrink alike
 
 

@@ -74,6 +74,8 @@ def test_what_is_no_target_is_refused(target):
         ("amplitude", -0.01, "finite, at least 0"),
         ("amplitude", math.inf, "finite, at least 0"),
         ("amplitude", math.nan, "finite, at least 0"),
+        ("attention_rate", -0.5, "finite, at least 0, or not given"),
+        ("mlp_rate", math.inf, "finite, at least 0, or not given"),
         ("target_of", "embedding", "one of .*'non-embedding'"),
         ("layer_metric", "dot", "one of .*'euclidean'"),
         ("normalize", "mean", "one of .*'zscore_clip'"),

@@ -107,8 +107,29 @@ def test_protected_layers_lose_nothing(settings, tmp_path):
 
 
 def test_protecting_too_much_is_refused_with_what_is_left(settings):
-    with pytest.raises(ValueError, match="below what one unit per layer leaves: expected"):
+    with pytest.raises(ValueError, match=r"per layer leaves beside layers 0-2 \(protected\): exp"):
         prune(settings(protected_layers="0-2", target=0.5))
+
+
+@pytest.mark.parametrize("allocation", ["adaptive", "uniform", "global", "threshold"])
+@pytest.mark.parametrize(
+    ("rate", "pruned", "whole"), [("mlp", "kv_group", "channel"), ("attention", "channel", "kv_group")]
+)
+def test_what_has_the_rate_zero_loses_nothing(settings, allocation, rate, pruned, whole):
+    one_unit = (
+        CHANNEL + 2 if pruned == "channel" else 48 * 60 + 2 * 60
+    )  # 4 heads of 10 rows, 2 of which query
+    changes = {"attention_rate" if rate == "attention" else "mlp_rate": 0.0}
+    result = prune(settings(target=0.85, allocation=allocation, **changes))
+    initial = result.plan.initial_units[0]
+    assert all(len(layer[whole]) == initial[whole] for layer in result.plan.keep_indices)
+    assert any(len(layer[pruned]) < initial[pruned] for layer in result.plan.keep_indices)
+    assert 0 <= result.metrics["parameters_below_target"] < one_unit
+
+
+def test_what_stays_is_part_of_the_message(settings):
+    with pytest.raises(ValueError, match=r"leaves beside all of channel \(mlp_rate 0\): expected 7"):
+        prune(settings(mlp_rate=0, target=0.5))
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
