@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from adapt_pruner.families import Family, LayerWidths
 from adapt_pruner.plan import Indices
-from adapt_pruner.scoring.gram import Grams, InputGram, cholesky, column_weights
+from adapt_pruner.scoring.gram import Grams, InputGram, cholesky, kept_columns
 
 
 def least_squares(weight: Tensor, gram: InputGram, kept: Tensor, *, ridge: float) -> Tensor:
@@ -63,20 +62,12 @@ def compensated_weights(
     """
     prefix = family.layer_prefix.format(layer=layer)
     weights = {f"{prefix}.{n}": p.detach() for n, p in model.get_submodule(prefix).named_parameters()}
-    columns = {name: np.arange(n) for name, n in column_weights(family, layer, widths, weights).items()}
-    for kind in family.unit_kinds:
-        for tensor in family.unit_tensors(kind, layer, widths, weights):
-            if tensor.dim == 1:
-                units = columns[tensor.name].reshape(-1, tensor.group_size)
-                columns[tensor.name] = units[keep[kind.name]].ravel()
-        widths = kind.resized(widths, len(keep[kind.name]))
     result = {}
-    for name, kept in columns.items():
+    for name, kept in kept_columns(family, layer, widths, keep, weights).items():
         weight = weights[name]
         if len(kept) == weight.shape[1]:
             continue
-        indices = torch.from_numpy(kept).to(weight.device)
-        value = least_squares(weight, grams[name], indices, ridge=ridge).to(weight.dtype)
+        value = least_squares(weight, grams[name], kept.to(weight.device), ridge=ridge).to(weight.dtype)
         if not torch.isfinite(value).all():
             raise ValueError(
                 f"the compensated {name} is not finite in {weight.dtype}: expected a larger ridge"

@@ -22,7 +22,7 @@ class PruneConfig:
         method: preset of the settings below that are the method's if not given; `adapt-pruner methods` lists
             them.
         estimator: how important a unit is: taylor_first, taylor_vectorize, taylor_second, taylor_mixed,
-            taylor_reference, magnitude_l1, magnitude_l2, wanda, fluctuation, obs or random.
+            taylor_reference, magnitude_l1, magnitude_l2, wanda, fluctuation, obs, obs_fisher or random.
         allocation: how much each layer loses: by layer importance (adaptive), the same share (uniform), what
             units ranked together over all layers by importance per parameter (global) or by importance
             (threshold) leave it, or as the published implementation has it, without landing (reference).
@@ -34,8 +34,8 @@ class PruneConfig:
         attention_rate: the multiple of a layer's sparsity that its attention units lose, 0 for none. The
             allocations global and threshold divide the price of a unit by it.
         mlp_rate: the same for the channels.
-        iterations: pruning rounds that would remove everything; each removes 1/iterations on average.
-            One-shot methods ignore it.
+        iterations: pruning rounds that would remove everything; each removes 1/iterations on average. 50 in
+            adapt-pruner; one-shot methods ignore it.
         amplitude: how far a layer's share of a round may differ from the average.
         layer_metric: how far a layer's output is from its input.
         normalize: how layer importance is brought to [-1, 1].
@@ -47,8 +47,10 @@ class PruneConfig:
         micro_batch_size: sequences per forward and backward pass.
         compensation: "least_squares" changes the kept columns of every down_proj and o_proj in each round so
             that their outputs on the calibration sequences come closest to those before it.
-        ridge: of obs and least_squares: what the second moments of inputs get on top of their diagonal, as a
-            fraction of it. The fewer the calibration tokens, the more is right.
+        carry_over: how much what earlier iterations measured at the units that are left counts in each later
+            one: 0 forgets it, 1 counts all iterations alike.
+        ridge: of obs, obs_fisher and least_squares: what the second moments of inputs get on top of their
+            diagonal, as a fraction of it. The fewer the calibration tokens, the more is right.
         gradients: "materialised" keeps the gradients of all prunable weights until the batch is through;
             "fused" scores each weight within the backward pass, so that its gradient never exists, and needs
             all num_sequences in one micro-batch; "auto" is fused where that holds and the device is CUDA with
@@ -74,7 +76,7 @@ class PruneConfig:
     granularity: Literal["kv_group", "query_head"] | None = None
     attention_rate: float | None = None
     mlp_rate: float | None = None
-    iterations: int = 50
+    iterations: int | None = None
     amplitude: float = 0.02
     layer_metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"
     normalize: Literal["max", "rank", "zscore_clip"] = "max"
@@ -84,6 +86,7 @@ class PruneConfig:
     sequence_length: int = 64
     micro_batch_size: int = 16
     compensation: Literal["none", "least_squares"] | None = None
+    carry_over: float | None = None
     ridge: float = RIDGE
     gradients: Literal["auto", "fused", "materialised"] = "auto"
     pack: bool = False
@@ -96,7 +99,10 @@ class PruneConfig:
     def __post_init__(self) -> None:
         parse_target(self.target)
         for name in ("iterations", "num_sequences", "micro_batch_size"):
-            _require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
+            value = getattr(self, name)
+            _require(name, value, "at least 1", value is None or value >= 1)
+        carry = self.carry_over
+        _require("carry_over", carry, "within 0 and 1", carry is None or 0 <= carry <= 1)
         _require("sequence_length", self.sequence_length, "at least 2", self.sequence_length >= 2)
         _require("seed", self.seed, "at least 0", self.seed >= 0)
         _require("amplitude", self.amplitude, "finite, at least 0", 0 <= self.amplitude < math.inf)

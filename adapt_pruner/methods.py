@@ -14,6 +14,7 @@ from adapt_pruner.config import PruneConfig
 from adapt_pruner.scoring.estimators import (
     FLUCTUATION,
     MAGNITUDE_L2,
+    OBS_FISHER,
     RANDOM,
     TAYLOR_FIRST,
     TAYLOR_REFERENCE,
@@ -36,10 +37,12 @@ class Method:
         estimator: how units are scored.
         allocation: how much each layer loses.
         one_shot: prunes in one round, whatever `iterations` says.
+        iterations: rounds that would remove everything, of methods that are not.
         gqa_credit: which KV group a query head counts for.
         granularity: unit of attention.
         attention_rate, mlp_rate: multiple of a layer's sparsity that its attention units, its channels lose.
         compensation: what the kept weights do about the removed ones.
+        carry_over: how much what earlier rounds measured counts in each later one.
         protected: share of the layers at the start and at the end that lose nothing, rounded up.
     """
 
@@ -49,11 +52,13 @@ class Method:
     estimator: Estimator = TAYLOR_FIRST
     allocation: AllocationName = "adaptive"
     one_shot: bool = False
+    iterations: int = 50
     gqa_credit: GqaCredit = "owner"
     granularity: str = "kv_group"
     attention_rate: float = 1.0
     mlp_rate: float = 1.0
     compensation: str = "none"
+    carry_over: float = 0.0
     protected: tuple[float, float] = (0.0, 0.0)
 
     def protected_layers(self, num_layers: int) -> str:
@@ -71,6 +76,16 @@ METHODS: tuple[Method, ...] = (
         "adapt-pruner",
         "first-order Taylor; layers lose by how little they change the residual stream, in many rounds",
         "arXiv 2502.03460",
+    ),
+    Method(
+        "adapt-pruner+",
+        "rise of the loss after least-squares compensation, per parameter over all layers, in many rounds",
+        "ours, after arXiv 2502.03460, 2312.17244 and 2302.04089",
+        estimator=OBS_FISHER,
+        allocation="global",
+        iterations=15,
+        compensation="least_squares",
+        carry_over=1.0,
     ),
     Method(
         "llm-pruner",
@@ -155,9 +170,10 @@ def resolve(
         if getattr(config, field.name) is None and field.name in preset
     }
     settings["method"] = method.name
-    if method.one_shot and config.iterations != 1:
-        logger.info("%s prunes in one shot: iterations %d is ignored", method.name, config.iterations)
+    if method.one_shot:
         settings["iterations"] = 1
+        if config.iterations not in (None, 1):
+            logger.info("%s prunes in one shot: iterations %d is ignored", method.name, config.iterations)
     resolved = dataclasses.replace(config, **settings)
     named = resolved.estimator
     assert named is not None

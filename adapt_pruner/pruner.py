@@ -53,7 +53,7 @@ from adapt_pruner.methods import Method, parse_layers, resolve
 from adapt_pruner.plan import Indices, PruningPlan
 from adapt_pruner.report.plots import plot_run
 from adapt_pruner.run import RunDirectory
-from adapt_pruner.scoring import Estimator
+from adapt_pruner.scoring import Estimator, Scores
 from adapt_pruner.scoring.gram import column_weights
 
 if TYPE_CHECKING:
@@ -188,15 +188,17 @@ def _saved_bytes(config: PruneConfig, checkpoint: Checkpoint, family: Family, ta
     per_parameter = checkpoint.num_bytes / checkpoint.num_parameters
     if config.dtype != "auto":
         per_parameter = 4 if config.dtype == "fp32" else 2
-    saved = target
-    if config.compensation != "none":  # the weights that a resume needs, of two iterations for a moment
-        names = [
-            name
-            for layer, widths in enumerate(layer_widths(checkpoint.config))
-            for name in column_weights(family, layer, widths, checkpoint.tensors)
-        ]
-        saved += 2 * sum(checkpoint.tensors[name].numel for name in names)
-    return int(saved * per_parameter) + 32 * 2**20
+    shapes = [
+        checkpoint.tensors[name].shape
+        for layer, widths in enumerate(layer_widths(checkpoint.config))
+        for name in column_weights(family, layer, widths, checkpoint.tensors)
+    ]
+    saved, state = target * per_parameter, 0.0
+    if config.compensation != "none":
+        state += sum(rows * columns for rows, columns in shapes) * per_parameter
+        if config.carry_over:
+            state += sum(rows**2 + columns**2 for rows, columns in shapes) * 4
+    return int(saved + 2 * state) + 32 * 2**20  # what a resume needs is there twice for a moment
 
 
 def _calibration_tokens(config: PruneConfig, checkpoint: Checkpoint) -> TokenizedDocuments:
@@ -247,6 +249,7 @@ def _prune(
         keep_indices=tuple({k: np.arange(n) for k, n in layer.items()} for layer in units),
     )
     sparsity: Floats = np.zeros(len(budget.initial))
+    earlier: Scores | None = None
     iteration = 0
     state = run.load_state()
     if state is not None:
@@ -259,14 +262,16 @@ def _prune(
             )
         plan = saved
         engine.remove_units(plan.keep_indices)
-        if config.compensation != "none":
-            engine.load_tensors(run.load_tensors(iteration))
+        tensors = run.load_tensors(iteration)
+        engine.load_tensors({name: tensors[name] for name in _column_tensors(config, engine)})
+        if config.carry_over:
+            earlier = Scores.from_tensors(tensors, engine.model.device)
     run.log("resumed" if state else "started", iteration=iteration, parameters=engine.num_parameters)
     with _deterministic(engine.model.device):
         while engine.num_parameters > target:
             iteration += 1
-            record, keep, sparsity = _iterate(
-                config, estimator, engine, tokens, budget.initial, sparsity, target, iteration
+            record, keep, sparsity, earlier = _iterate(
+                config, estimator, engine, tokens, budget.initial, sparsity, target, iteration, earlier
             )
             plan = dataclasses.replace(
                 plan,
@@ -279,7 +284,7 @@ def _prune(
                 iteration,
                 record,
                 {"sparsity": sparsity.tolist(), "plan": plan.to_json()},
-                engine.column_tensors() if config.compensation != "none" else None,
+                _column_tensors(config, engine) | (earlier.tensors() if earlier else {}),
             )
             run.log("iteration", **{key: record[key] for key in ("iteration", "loss", "parameters")})
             if on_iteration:
@@ -309,8 +314,16 @@ def _iterate(
     sparsity: Floats,
     target: int,
     iteration: int,
-) -> tuple[dict[str, Any], tuple[dict[str, Indices], ...], Floats]:
-    """One round of score, allocate and surgery; returns its record, the kept units and the sparsity."""
+    earlier: Scores | None = None,
+) -> tuple[dict[str, Any], tuple[dict[str, Indices], ...], Floats, Scores | None]:
+    """One round of score, allocate and surgery.
+
+    Args:
+        earlier: what the rounds before measured at the units there are now, if it counts.
+    Returns:
+        Its record, the kept units, the sparsity, and what counts in the next round.
+    """
+    carry_over = config.carry_over or 0.0
     clock = [time.perf_counter()]
     scores = engine.score(
         _draw(config, tokens, iteration),
@@ -322,6 +335,8 @@ def _iterate(
         seed=(config.seed, iteration),
         grams=config.compensation != "none",
         ridge=config.ridge,
+        earlier=earlier,
+        share=1 / sum(carry_over**age for age in range(iteration)),
     )
     clock.append(time.perf_counter())
     layer_importance = normalize_importance(scores.layer_importance, config.normalize)
@@ -340,6 +355,7 @@ def _iterate(
         )
     )
     clock.append(time.perf_counter())
+    widths = engine.widths
     engine.remove_units(
         keep, grams=scores.grams if config.compensation != "none" else None, ridge=config.ridge
     )
@@ -362,7 +378,13 @@ def _iterate(
         ],
         "seconds": dict(zip(("score", "allocate", "surgery"), np.diff(clock).round(4).tolist(), strict=True)),
     }
-    return record, keep, allocation.sparsity
+    carried = scores.kept(engine.model, engine.family, widths, keep) if carry_over else None
+    return record, keep, allocation.sparsity, carried
+
+
+def _column_tensors(config: PruneConfig, engine: InMemoryEngine) -> dict[str, torch.Tensor]:
+    """The weights that a plan alone does not give."""
+    return engine.column_tensors() if config.compensation != "none" else {}
 
 
 def _allocate(
@@ -374,6 +396,7 @@ def _allocate(
     target: int,
     rows_of_head: int,
 ) -> Allocation:
+    assert config.iterations is not None  # resolved
     rounds: dict[str, int] = {"target": target, "iterations": config.iterations}
     if config.allocation == "uniform":
         return allocate_uniform(budget, sparsity, units, **rounds)

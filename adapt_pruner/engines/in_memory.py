@@ -134,6 +134,8 @@ class InMemoryEngine:
         seed: tuple[int, ...] = (0,),
         grams: bool = False,
         ridge: float = RIDGE,
+        earlier: Scores | None = None,
+        share: float = 1.0,
     ) -> Scores:
         """Unit and layer importance from one pass over `batch`, [sequences, length]; see `scoring.score`."""
         return score(
@@ -149,6 +151,8 @@ class InMemoryEngine:
             seed=seed,
             grams=grams,
             ridge=ridge,
+            earlier=earlier,
+            share=share,
             backend=self._backend,
         )
 

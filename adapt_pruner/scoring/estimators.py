@@ -24,6 +24,7 @@ from adapt_pruner.scoring.gradients import (
     Importance,
     UnitTensors,
     fisher_importance,
+    gradients_to,
     materialised_importance,
 )
 from adapt_pruner.scoring.gram import Grams
@@ -78,7 +79,7 @@ class Estimator:
             goes through alone.
         fusible: whether the gradients of weights need not exist (`--gradients fused`).
         biases: whether biases count.
-        grams: whether it needs the second moments of inputs.
+        grams: whether it needs the second moments of inputs, and with a loss those of gradients of outputs.
         summary: the quantity, in a line.
         source: where it is described.
     """
@@ -173,6 +174,18 @@ def _fluctuation(subject: Subject) -> contextlib.AbstractContextManager[Importan
     )
 
 
+def _obs(subject: Subject) -> list[Tensor]:
+    errors = removal_errors(subject.parameters, subject.sets, subject.grams, ridge=subject.ridge)
+    return [values.float() for values in errors]
+
+
+@contextlib.contextmanager
+def _obs_fisher(subject: Subject) -> Iterator[Importance]:
+    """Backward passes through the activations alone: no weight gets a gradient."""
+    with gradients_to(lambda name, gradient: None, subject.parameters, ()):
+        yield lambda: _obs(subject)
+
+
 _LLM_PRUNER, _FLAP = "arXiv 2305.11627 section 3.2", "arXiv 2312.11983 section 3"
 TAYLOR_FIRST = Estimator(
     "taylor_first",
@@ -229,14 +242,17 @@ FLUCTUATION = Estimator(
 )
 OBS = Estimator(
     "obs",
-    weights_alone(
-        lambda subject: [
-            errors.float()
-            for errors in removal_errors(subject.parameters, subject.sets, subject.grams, ridge=subject.ridge)
-        ]
-    ),
+    weights_alone(_obs),
     "squared error that removing the unit leaves in the outputs after the best linear compensation",
     "optimal brain surgeon (Hassibi and Stork 1993) for whole columns",
+    grams=True,
+)
+OBS_FISHER = Estimator(
+    "obs_fisher",
+    _obs_fisher,
+    "rise of the loss by that error, from the second moments of gradients of the outputs",
+    "arXiv 2312.17244 section 3, for whole columns",
+    loss="batch",
     grams=True,
 )
 RANDOM = Estimator("random", weights_alone(_random), "uniform random numbers", "baseline of arXiv 2305.11627")
@@ -252,6 +268,7 @@ ESTIMATORS: tuple[Estimator, ...] = (
     WANDA,
     FLUCTUATION,
     OBS,
+    OBS_FISHER,
     RANDOM,
 )
 

@@ -108,14 +108,17 @@ def fluctuation(model):
     ]
 
 
-def obs(model):
+def obs(model, metric=lambda w: torch.eye(w.shape[0], dtype=w.dtype)):
     def errors(w, x, size):
-        """trace(W_G ((C^-1)_GG)^-1 W_G^T) of each group of columns, C with the ridge on its diagonal."""
+        """trace(M W_G ((C^-1)_GG)^-1 W_G^T) of each group of columns, C with the ridge on its diagonal."""
         moments = x.T @ x
         inverse = torch.linalg.inv(moments + RIDGE * moments.diagonal().diag())
         groups = torch.arange(w.shape[1]).split(size)
         return torch.stack(
-            [w[:, g].T.mul(torch.linalg.solve(inverse[g][:, g], w[:, g].T)).sum() for g in groups]
+            [
+                (metric(w) @ w[:, g]).T.mul(torch.linalg.solve(inverse[g][:, g], w[:, g].T)).sum()
+                for g in groups
+            ]
         )
 
     by_size = [output_columns(model, lambda w, x, n=n: errors(w, x, n)) for n in (HEADS // KV * HEAD_DIM, 1)]
@@ -123,6 +126,22 @@ def obs(model):
         {"kv_group": o.detach().numpy(), "channel": down.detach().numpy()}
         for (o, _), (_, down) in zip(*by_size, strict=True)
     ]
+
+
+def obs_fisher(model):
+    """obs in the metric of half the sum over tokens of g g^T, g the gradient of the mean loss by outputs."""
+    outputs = {}
+    for layer in model.model.layers:
+        for linear in (layer.get_submodule(name) for name in COLUMNS):
+            linear.register_forward_hook(lambda module, args, output: outputs.update({module.weight: output}))
+    logits = model(input_ids=BATCH, use_cache=False).logits[:, :-1]
+    loss = functional.cross_entropy(logits.reshape(-1, VOCABULARY), BATCH[:, 1:].reshape(-1))
+    by_outputs = torch.autograd.grad(loss, list(outputs.values()))
+    metrics = {}
+    for weight, g in zip(list(outputs), by_outputs, strict=True):
+        products = g.reshape(-1, g.shape[-1]).T @ g.reshape(-1, g.shape[-1])
+        metrics[weight] = (products + 0.1 * products.diagonal().mean() * torch.eye(len(products))) / 2
+    return obs(model, lambda w: metrics[w])
 
 
 def expected(name, model):
@@ -133,6 +152,8 @@ def expected(name, model):
         return fluctuation(model)
     if name == "obs":
         return obs(model)
+    if name == "obs_fisher":
+        return obs_fisher(model)
     if name.startswith("magnitude"):
         return by_unit(model, torch.abs if name == "magnitude_l1" else torch.square)
     g = gradients(model)
