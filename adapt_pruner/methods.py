@@ -186,8 +186,8 @@ def resolve_dimensions(config: PruneConfig, method: Method) -> PruneConfig:
     if given:
         name = given[0]
         raise ValueError(
-            f"{name} is {getattr(config, name)!r}, but {method.name} removes dimensions of hidden states, not units "
-            "of layers: expected it not to be given"
+            f"{name} is {getattr(config, name)!r}, but {method.name} removes dimensions of hidden states, "
+            "not units of layers: expected it not to be given"
         )
     return _of_method(config, method)
 

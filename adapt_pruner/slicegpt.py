@@ -254,7 +254,7 @@ def slice_model(
 
 
 def _layer_arguments(core: Any, ids: Tensor) -> list[dict[str, Any]]:
-    """What each layer is given beside hidden states: masks and rotary angles, for sequences of this length."""
+    """What each layer is given beside hidden states: masks and rotary angles of sequences of this length."""
     seen: list[dict[str, Any]] = []
 
     def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
