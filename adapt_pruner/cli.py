@@ -183,7 +183,8 @@ def _prune(arguments: Namespace) -> Shown:
     _quieten_transformers()
     with show.PruningBar() as bar:
         pruned = prune(config, on_iteration=bar.update)
-    result = {"run_directory": str(pruned.run_directory), "plan_hash": pruned.plan.hash, **pruned.metrics}
+    plan_hash = pruned.plan.hash if pruned.plan else None
+    result = {"run_directory": str(pruned.run_directory), "plan_hash": plan_hash, **pruned.metrics}
     return result, lambda console: show.show_pruned(console, result)
 
 

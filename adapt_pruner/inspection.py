@@ -54,7 +54,8 @@ def summarize(model: str | Path, *, context: int = 1024) -> ModelSummary:
         CheckpointError: the directory holds no usable checkpoint. ValueError: unknown architecture.
     """
     checkpoint = open_checkpoint(model)
-    family = find_family(checkpoint.config.get("model_type"))
+    # Slicing changes the widths of hidden states, none of those that a family knows of.
+    family = find_family(str(checkpoint.config.get("model_type")).removeprefix("sliced_"))
     widths = layer_widths(checkpoint.config)
     numel = {name: info.numel for name, info in checkpoint.tensors.items()}
     unit_costs(family, widths, {name: info.shape for name, info in checkpoint.tensors.items()})
@@ -81,14 +82,14 @@ def summarize(model: str | Path, *, context: int = 1024) -> ModelSummary:
                 2 * layer.num_key_value_heads * layer.head_dim * DTYPE_BYTES[dtype],
             )
         )
-    vocabulary = numel[family.embeddings[0]]
+    head = next(numel[name] for name in reversed(family.embeddings) if name in numel)
     return ModelSummary(
         checkpoint.config["model_type"],
         dtype,
         context,
         checkpoint.num_parameters,
         checkpoint.num_parameters - embeddings,
-        sum(layer.flops_per_token for layer in layers) + 2 * vocabulary,
+        sum(layer.flops_per_token for layer in layers) + 2 * head,
         sum(layer.kv_cache_bytes_per_token for layer in layers),
         tuple(layers),
     )

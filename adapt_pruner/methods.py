@@ -7,7 +7,7 @@ import logging
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from adapt_pruner.allocation import AllocationName
 from adapt_pruner.config import PruneConfig
@@ -44,6 +44,8 @@ class Method:
         compensation: what the kept weights do about the removed ones.
         carry_over: how much what earlier rounds measured counts in each later one.
         protected: share of the layers at the start and at the end that lose nothing, rounded up.
+        removes: "units" of layers, as all of the above says; or "dimensions" of the hidden states
+            (`slicegpt.py`), to which none of it but `one_shot` applies.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Method:
     compensation: str = "none"
     carry_over: float = 0.0
     protected: tuple[float, float] = (0.0, 0.0)
+    removes: Literal["units", "dimensions"] = "units"
 
     def protected_layers(self, num_layers: int) -> str:
         """As `PruneConfig` has them."""
@@ -68,8 +71,21 @@ class Method:
         return ",".join(f"{a}-{b}" for a, b in ends if b >= a) or "none"
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "estimator": self.estimator.name}
+        values = {**dataclasses.asdict(self), "estimator": self.estimator.name}
+        return values if self.removes == "units" else values | dict.fromkeys((*_OF_UNITS, "protected"))
 
+
+# Settings that a method decides, and that say how units are chosen.
+_OF_UNITS = (
+    "estimator",
+    "allocation",
+    "gqa_credit",
+    "granularity",
+    "attention_rate",
+    "mlp_rate",
+    "compensation",
+    "carry_over",
+)
 
 METHODS: tuple[Method, ...] = (
     Method(
@@ -129,6 +145,13 @@ METHODS: tuple[Method, ...] = (
         one_shot=True,
     ),
     Method(
+        "slicegpt",
+        "hidden states in their principal coordinates, the least of which are deleted everywhere",
+        "arXiv 2401.15024",
+        one_shot=True,
+        removes="dimensions",
+    ),
+    Method(
         "reference",
         "adapt-pruner as its published implementation has it, which overshoots the target",
         "published implementation of arXiv 2502.03460",
@@ -169,18 +192,40 @@ def resolve(
         for field in dataclasses.fields(config)
         if getattr(config, field.name) is None and field.name in preset
     }
-    settings["method"] = method.name
-    if method.one_shot:
-        settings["iterations"] = 1
-        if config.iterations not in (None, 1):
-            logger.info("%s prunes in one shot: iterations %d is ignored", method.name, config.iterations)
-    resolved = dataclasses.replace(config, **settings)
+    resolved = dataclasses.replace(_of_method(config, method), **settings)
     named = resolved.estimator
     assert named is not None
     estimator = method.estimator if named == method.estimator.name else find_estimator(named)
     if resolved.gradients == "fused" and not estimator.fusible:
         raise ValueError(f"gradients is 'fused': the estimator {estimator.name} cannot be scored so")
     return resolved, estimator
+
+
+def resolve_dimensions(config: PruneConfig, method: Method) -> PruneConfig:
+    """The settings of a method that removes dimensions.
+
+    Raises:
+        ValueError: a setting that says how units are chosen.
+    """
+    given = [name for name in (*_OF_UNITS, "protected_layers") if getattr(config, name) is not None]
+    if config.gradients != "auto":
+        given.append("gradients")
+    if given:
+        name = given[0]
+        raise ValueError(
+            f"{name} is {getattr(config, name)!r}, but {method.name} removes dimensions of hidden states, "
+            "not units of layers: expected it not to be given"
+        )
+    return _of_method(config, method)
+
+
+def _of_method(config: PruneConfig, method: Method) -> PruneConfig:
+    """The settings with the name of the method and its rounds."""
+    if method.one_shot:
+        if config.iterations not in (None, 1):
+            logger.info("%s prunes in one shot: iterations %d is ignored", method.name, config.iterations)
+        config = dataclasses.replace(config, iterations=1)
+    return dataclasses.replace(config, method=method.name)
 
 
 def parse_layers(text: str, num_layers: int) -> frozenset[int]:

@@ -168,8 +168,19 @@ class PruningPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:
-        """Reads a plan file, or that of a run directory; errors as `from_json`, naming the file."""
-        path = Path(path) / "plan.json" if Path(path).is_dir() else Path(path)
+        """Reads a plan file, or that of a run directory; errors as `from_json`, naming the file.
+
+        Raises:
+            ValueError: also for a run directory that has none.
+        """
+        if Path(path).is_dir():
+            run, path = Path(path), Path(path) / "plan.json"
+            if (run / "config.yaml").exists() and not path.exists():
+                raise ValueError(
+                    f"{run} has no plan.json: the run is not finished, or its method rotates hidden states "
+                    "(slicegpt), which no list of kept units can describe; then its model/ is all there is"
+                )
+        path = Path(path)
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except ValueError as error:

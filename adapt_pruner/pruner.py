@@ -49,7 +49,7 @@ from adapt_pruner.families import (
     unit_costs,
     unit_counts,
 )
-from adapt_pruner.methods import Method, parse_layers, resolve
+from adapt_pruner.methods import Method, find_method, parse_layers, resolve
 from adapt_pruner.plan import Indices, PruningPlan
 from adapt_pruner.report.plots import plot_run
 from adapt_pruner.run import RunDirectory
@@ -76,11 +76,14 @@ OnIteration = Callable[[IterationReport], None]
 
 @dataclass(frozen=True)
 class PruneResult:
-    """A finished run: its directory, the plan, and the contents of metrics.json."""
+    """A finished run: its directory, the plan, and the contents of metrics.json.
+
+    A method that removes dimensions of the hidden states has no plan: no kept units describe a rotation.
+    """
 
     run_directory: Path
     model_directory: Path
-    plan: PruningPlan
+    plan: PruningPlan | None
     metrics: dict[str, Any]
 
 
@@ -104,6 +107,11 @@ def prune(
     Source: arXiv 2502.03460 section 3, algorithm.md section 4.
     """
     checkpoint = open_checkpoint(resolve_model(config.model))
+    method = method or find_method(config.method)
+    if method.removes == "dimensions":
+        from adapt_pruner.slicegpt_run import prune_dimensions  # which is built of parts of this file
+
+        return prune_dimensions(config, method, checkpoint, on_iteration)
     family = find_family(checkpoint.config.get("model_type"))
     config, estimator = resolve(config, len(layer_widths(checkpoint.config)), method)
     granularity = config.granularity or "kv_group"

@@ -127,12 +127,12 @@ class RunDirectory:
         number: int,
         record: dict[str, Any],
         state: dict[str, Any],
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Records a finished iteration; a kill after this resumes behind it.
 
         Args:
-            tensors: what cannot be made again from `state`; may be none.
+            tensors: what cannot be made again from `state`.
         """
         (self.path / "iterations").mkdir(exist_ok=True)
         write_json(self.path / "iterations" / f"{number:03}.json", record)

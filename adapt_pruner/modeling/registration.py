@@ -16,10 +16,10 @@ _AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 
 
 def register() -> None:
-    """Registers every per-layer-width model with AutoConfig, AutoModel and AutoModelForCausalLM."""
-    from adapt_pruner.modeling.modeling_adapt import MODELS
+    """Registers every pruned and sliced model with AutoConfig, AutoModel and AutoModelForCausalLM."""
+    from adapt_pruner.modeling import modeling_adapt, modeling_sliced
 
-    for config, model, causal_lm in MODELS:
+    for config, model, causal_lm in (*modeling_adapt.MODELS, *modeling_sliced.MODELS):
         _register_classes(config, model, causal_lm)
 
 
