@@ -42,8 +42,9 @@ class PruneConfig:
         num_sequences: calibration sequences drawn anew for each iteration.
         sequence_length: tokens of each sequence.
         micro_batch_size: sequences per forward and backward pass.
-        compensation: "least_squares" changes the kept columns of every down_proj and o_proj in each round so
-            that their outputs on the calibration sequences come closest to those before it.
+        compensation: "bias" adds what the removed columns of every down_proj and o_proj gave on average over
+            the calibration sequences to a bias, which counts as parameters; "least_squares" changes the kept
+            columns in each round so that the outputs on these sequences come closest to those before it.
         ridge: of obs and least_squares: what the second moments of inputs get on top of their diagonal, as a
             fraction of it. The fewer the calibration tokens, the more is right.
         gradients: "materialised" keeps the gradients of all prunable weights until the batch is through;
@@ -78,7 +79,7 @@ class PruneConfig:
     num_sequences: int = 512
     sequence_length: int = 64
     micro_batch_size: int = 16
-    compensation: Literal["none", "least_squares"] | None = None
+    compensation: Literal["none", "bias", "least_squares"] | None = None
     ridge: float = RIDGE
     gradients: Literal["auto", "fused", "materialised"] = "auto"
     pack: bool = False

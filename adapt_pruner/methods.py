@@ -79,12 +79,12 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         "flap",
-        "fluctuation of inputs; one threshold for the units of all layers",
+        "fluctuation of inputs; one threshold for the units of all layers; biases make up for their means",
         "arXiv 2312.11983",
         estimator=FLUCTUATION,
         allocation="threshold",
         one_shot=True,
-        # compensation="bias" as soon as there is one: FLAP adds W[:, removed] times the mean input to a bias.
+        compensation="bias",
     ),
     Method(
         "wanda-sp",

@@ -37,6 +37,7 @@ from adapt_pruner.checkpoint import (
     require_free_space,
     write_json,
 )
+from adapt_pruner.compensation import missing_output_biases
 from adapt_pruner.config import PruneConfig, parse_target
 from adapt_pruner.data import TokenizedDocuments, check_vocabulary, load_documents, sample_sequences, tokenize
 from adapt_pruner.engines.in_memory import InMemoryEngine, resolve_device
@@ -109,7 +110,8 @@ def prune(
     family = family.with_granularity(granularity)
     budget, embeddings = _header_budget(checkpoint, family)
     budget = _protecting(config, budget)
-    target = resolve_target(config, budget, embeddings)
+    added = _added_parameters(config, checkpoint, family)
+    target = resolve_target(config, budget, embeddings, floor=budget.floor + added)
     output = Path(config.output)
     RunDirectory(output).check(config, resume=config.resume)
     if RunDirectory(output).complete:
@@ -123,6 +125,7 @@ def prune(
         dtype=config.dtype,
         backend=config.backend,
         granularity=granularity,
+        output_biases=config.compensation == "bias" and target < checkpoint.num_parameters,
     )
     run = RunDirectory.open(output, config, resume=config.resume)
     try:
@@ -132,17 +135,19 @@ def prune(
         run.close()
 
 
-def resolve_target(config: PruneConfig, budget: UnitBudget, embeddings: int) -> int:
+def resolve_target(config: PruneConfig, budget: UnitBudget, embeddings: int, *, floor: int) -> int:
     """The target as a count of all parameters.
 
     Args:
         budget: of the model before pruning.
         embeddings: its parameters in embedding and head.
+        floor: what it has at least once anything is pruned.
     Raises:
         ValueError: more than the model has, or less than one unit of each kind per layer leaves.
     """
     base = embeddings if config.target_of == "non-embedding" else 0
-    now, floor = budget.num_parameters - base, budget.floor - base
+    now = budget.num_parameters - base
+    floor = min(now, floor - base)
     value = parse_target(config.target)
     target = int(value * now) if isinstance(value, float) else value
     if not floor <= target <= now:
@@ -169,19 +174,27 @@ def _protecting(config: PruneConfig, budget: UnitBudget) -> UnitBudget:
     return dataclasses.replace(budget, protected=protected)
 
 
+def _added_parameters(config: PruneConfig, checkpoint: Checkpoint, family: Family) -> int:
+    """Parameters that the pruned model has beside those the units leave: they count towards the target."""
+    if config.compensation != "bias":
+        return 0
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    return sum(missing_output_biases(family, layer_widths(checkpoint.config), shapes).values())
+
+
 def _saved_bytes(config: PruneConfig, checkpoint: Checkpoint, family: Family, target: int) -> int:
     """Bytes of the pruned model and what is written beside it."""
     per_parameter = checkpoint.num_bytes / checkpoint.num_parameters
     if config.dtype != "auto":
         per_parameter = 4 if config.dtype == "fp32" else 2
     saved = target
-    if config.compensation != "none":  # the weights that a resume needs, of two iterations for a moment
-        names = [
-            name
+    if config.compensation != "none":  # the tensors that a resume needs, of two iterations for a moment
+        infos = [
+            checkpoint.tensors[name]
             for layer, widths in enumerate(layer_widths(checkpoint.config))
             for name in column_weights(family, layer, widths, checkpoint.tensors)
         ]
-        saved += 2 * sum(checkpoint.tensors[name].numel for name in names)
+        saved += 2 * sum(t.shape[0] if config.compensation == "bias" else t.numel for t in infos)
     return int(saved * per_parameter) + 32 * 2**20
 
 
@@ -306,7 +319,8 @@ def _iterate(
         estimator=estimator,
         gqa_credit=config.gqa_credit or "owner",
         seed=(config.seed, iteration),
-        grams=config.compensation != "none",
+        grams=config.compensation == "least_squares",
+        means=config.compensation == "bias",
         ridge=config.ridge,
     )
     clock.append(time.perf_counter())
@@ -327,7 +341,10 @@ def _iterate(
     )
     clock.append(time.perf_counter())
     engine.remove_units(
-        keep, grams=scores.grams if config.compensation != "none" else None, ridge=config.ridge
+        keep,
+        grams=scores.grams if config.compensation == "least_squares" else None,
+        means=scores.means,
+        ridge=config.ridge,
     )
     clock.append(time.perf_counter())
     record = {

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from adapt_pruner.allocation import Counts, UnitBudget
 from adapt_pruner.checkpoint import Checkpoint, CheckpointError, copy_side_files, open_checkpoint
-from adapt_pruner.compensation import compensated_weights, replace_weights
+from adapt_pruner.compensation import (
+    add_output_biases,
+    bias_of,
+    compensated_biases,
+    compensated_weights,
+    replace_weights,
+)
 from adapt_pruner.config import RIDGE
 from adapt_pruner.families import Granularity, find_family, layer_widths, removal_counts, unit_costs
 from adapt_pruner.kernels.backends import choose_backend
@@ -19,7 +25,7 @@ from adapt_pruner.plan import Indices
 from adapt_pruner.scoring import Scores, score
 from adapt_pruner.scoring.estimators import TAYLOR_FIRST, Estimator, GqaCredit
 from adapt_pruner.scoring.gradients import Gradients
-from adapt_pruner.scoring.gram import Grams, column_weights
+from adapt_pruner.scoring.gram import Grams, Means, column_weights
 from adapt_pruner.scoring.layers import Metric
 from adapt_pruner.surgery import prune_layer
 
@@ -103,13 +109,16 @@ class InMemoryEngine:
         dtype: str = "auto",
         backend: str = "auto",
         granularity: Granularity = "kv_group",
+        output_biases: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.family = find_family(checkpoint.config.get("model_type")).with_granularity(granularity)
         self.widths = layer_widths(checkpoint.config)
         choose_backend(backend, resolve_device(device))  # fails before the weights are read
         self.model = load_model(checkpoint, device=device, dtype=dtype)
-        self._backend = backend
+        self._backend, self._output_biases = backend, output_biases
+        if output_biases:
+            add_output_biases(self.model, self.family, self.widths)
 
     @property
     def num_parameters(self) -> int:
@@ -133,6 +142,7 @@ class InMemoryEngine:
         gqa_credit: GqaCredit = "owner",
         seed: tuple[int, ...] = (0,),
         grams: bool = False,
+        means: bool = False,
         ridge: float = RIDGE,
     ) -> Scores:
         """Unit and layer importance from one pass over `batch`, [sequences, length]; see `scoring.score`."""
@@ -148,35 +158,47 @@ class InMemoryEngine:
             gqa_credit=gqa_credit,
             seed=seed,
             grams=grams,
+            means=means,
             ridge=ridge,
             backend=self._backend,
         )
 
     def remove_units(
-        self, keep: Sequence[Mapping[str, Indices]], *, grams: Grams | None = None, ridge: float = RIDGE
+        self,
+        keep: Sequence[Mapping[str, Indices]],
+        *,
+        grams: Grams | None = None,
+        means: Means | None = None,
+        ridge: float = RIDGE,
     ) -> None:
         """Keeps the named units of every layer, numbered as they are now; the rest is gone for good.
 
         Args:
             grams: compensate for the removed units by least squares, with these second moments of the
                 inputs of the model as it is now.
+            means: compensate by biases, which the model has, with these means of the inputs.
         """
         result = []
         for layer, (widths, layer_keep) in enumerate(zip(self.widths, keep, strict=True)):
             what = (self.model, self.family, layer, widths, layer_keep)
             compensated = compensated_weights(*what, grams, ridge=ridge) if grams is not None else {}
+            if means is not None:
+                compensated |= compensated_biases(*what, means)
             result.append(prune_layer(*what, backend=self._backend))
             replace_weights(self.model, compensated)
         self.widths = tuple(result)
 
     def column_tensors(self) -> dict[str, Tensor]:
-        """Every down_proj and o_proj as it is now, which is what compensation changes."""
+        """What compensation changes: every down_proj and o_proj as it is now, or their biases alone."""
         parameters = dict(self.model.named_parameters())
-        return {
-            name: parameters[name].detach()
+        names = [
+            name
             for layer, widths in enumerate(self.widths)
             for name in column_weights(self.family, layer, widths, parameters)
-        }
+        ]
+        if self._output_biases:
+            names = [bias_of(name) for name in names]
+        return {name: parameters[name].detach() for name in names}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts what `column_tensors` gave into a model that has lost the same units."""

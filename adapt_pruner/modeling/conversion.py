@@ -20,8 +20,8 @@ _DROPPED_KEYS = ("per_layer_config", "auto_map", "architectures", "model_type", 
 def pruned_config(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> PreTrainedConfig:
     """Config of the model with the given widths.
 
-    Layers of equal widths give the stock config class (no custom code to load it), others the
-    `adapt_*` class with `per_layer_config`. Everything else is taken over from `config`.
+    Layers of equal widths give the stock config class (no custom code to load it), others and those with
+    `output_biases` the `adapt_*` class with `per_layer_config`. Everything else is taken over from `config`.
     """
     register()
     values = {k: v for k, v in config.to_dict().items() if k not in _DROPPED_KEYS}
@@ -29,7 +29,7 @@ def pruned_config(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> Pr
     for key in _WIDTH_KEYS:
         values[key] = max(getattr(layer, key) for layer in widths)
     stock_type = config.model_type.removeprefix("adapt_")
-    if is_uniform(widths):
+    if is_uniform(widths) and not values.get("output_biases"):
         try:
             return _with_architecture(AutoConfig.for_model(stock_type, **values))
         except StrictDataclassError:

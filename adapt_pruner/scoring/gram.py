@@ -1,11 +1,11 @@
-"""Second moments of the inputs of the matrices that units leave by: every down_proj and o_proj."""
+"""Moments of the inputs of the matrices that units leave by: every down_proj and o_proj."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,8 @@ class InputGram:
 
 
 Grams = dict[str, InputGram]  # by the name of the weight
+Means = dict[str, ActivationStats]  # by the name of the weight
+Moments = TypeVar("Moments", InputGram, ActivationStats)
 
 
 def cholesky(matrix: Tensor, name: str) -> Tensor:
@@ -94,12 +96,10 @@ def column_weights(
     }
 
 
-class InputGrams:
-    """Context in which forward passes accumulate the `InputGram` of every down_proj and o_proj.
+class _Inputs(Generic[Moments]):
+    """Context in which forward passes update what is kept of the input of every down_proj and o_proj.
 
-    A batch may go through in any number of passes. Memory: 8 bytes per pair of columns, on the model's
-    device: 0.65 GB for SmolLM2-135M, 53 GB for Llama-3.1-8B; and of one pass at a time the input of one
-    matrix in fp32 and its products in fp32.
+    A batch may go through in any number of passes.
     """
 
     def __init__(
@@ -107,20 +107,24 @@ class InputGrams:
     ) -> None:
         self._model, self._backend = model, backend
         parameters = dict(model.named_parameters())
-        self.grams: Grams = {
-            name: InputGram.zeros(name, columns, parameters[name].device)
+        self.seen: dict[str, Moments] = {
+            name: self._zeros(name, columns, parameters[name].device)
             for layer, layer_widths in enumerate(widths)
             for name, columns in column_weights(family, layer, layer_widths, parameters).items()
         }
 
-    def __enter__(self) -> Grams:
+    @staticmethod
+    def _zeros(name: str, columns: int, device: torch.device) -> Moments:
+        raise NotImplementedError
+
+    def __enter__(self) -> dict[str, Moments]:
         self._handles = [
             self._model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
-                self._hook(gram)
+                self._hook(moments)
             )
-            for name, gram in self.grams.items()
+            for name, moments in self.seen.items()
         ]
-        return self.grams
+        return self.seen
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -128,8 +132,30 @@ class InputGrams:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, gram: InputGram) -> Any:
+    def _hook(self, moments: Moments) -> Any:
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            gram.update(args[0], backend=self._backend)
+            moments.update(args[0].detach(), backend=self._backend)
 
         return record
+
+
+class InputGrams(_Inputs[InputGram]):
+    """Context in which forward passes accumulate the `InputGram` of every down_proj and o_proj.
+
+    Memory: 8 bytes per pair of columns, on the model's device: 0.65 GB for SmolLM2-135M, 53 GB for
+    Llama-3.1-8B; and of one pass at a time the input of one matrix in fp32 and its products in fp32.
+    """
+
+    _zeros = staticmethod(InputGram.zeros)
+
+    @property
+    def grams(self) -> Grams:
+        return self.seen
+
+
+class InputMeans(_Inputs[ActivationStats]):
+    """Context in which forward passes accumulate the means of the inputs of every down_proj and o_proj."""
+
+    @staticmethod
+    def _zeros(name: str, columns: int, device: torch.device) -> ActivationStats:
+        return ActivationStats.zeros(columns, device)

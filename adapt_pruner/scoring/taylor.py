@@ -15,7 +15,7 @@ from adapt_pruner.config import RIDGE
 from adapt_pruner.families import Family, LayerWidths
 from adapt_pruner.scoring.estimators import TAYLOR_FIRST, Crediting, Estimator, GqaCredit, Subject
 from adapt_pruner.scoring.gradients import Gradients, Importance, fused_importance, uses_fused
-from adapt_pruner.scoring.gram import Grams, InputGrams
+from adapt_pruner.scoring.gram import Grams, InputGrams, InputMeans, Means
 from adapt_pruner.scoring.layers import LayerImportance, Metric
 
 
@@ -27,13 +27,15 @@ class Scores:
         loss: mean causal-LM loss, nats per label token.
         layer_importance: [layers], not normalised.
         unit_importance: per layer and unit kind, [units] float64 copies of the fp32 scores.
-        grams: second moments of the inputs of every down_proj and o_proj, where they were asked for.
+        grams, means: second moments and means of the inputs of every down_proj and o_proj, where they were
+            asked for.
     """
 
     loss: float
     layer_importance: Floats
     unit_importance: tuple[dict[str, Floats], ...]
     grams: Grams | None = None
+    means: Means | None = None
 
 
 def score(
@@ -49,6 +51,7 @@ def score(
     gqa_credit: GqaCredit = "owner",
     seed: tuple[int, ...] = (0,),
     grams: bool = False,
+    means: bool = False,
     ridge: float = RIDGE,
     backend: str = "auto",
 ) -> Scores:
@@ -67,7 +70,7 @@ def score(
         estimator: how units are scored.
         gqa_credit: which kv_group a query head counts for; see `Crediting`.
         seed: of random estimators.
-        grams: collect the second moments of inputs, for compensation.
+        grams, means: collect the second moments, or the means, of inputs, for compensation.
         ridge: of the estimator obs.
     Raises:
         NonFiniteError: a weight, an activation or a gradient holds NaN or infinity.
@@ -86,6 +89,7 @@ def score(
         biases=estimator.biases,
     )
     collecting = InputGrams(model, family, widths, backend) if grams or estimator.grams else None
+    averaging = InputMeans(model, family, widths, backend) if means else None
     scoring = _scoring(
         estimator,
         Subject(
@@ -111,7 +115,8 @@ def score(
     with (
         _evaluating(model),
         scoring as unit_importance,
-        collecting or contextlib.nullcontext({}) as collected,
+        collecting or contextlib.nullcontext() as collected,
+        averaging or contextlib.nullcontext() as averages,
         LayerImportance(layers, metric, backend) as layer_importance,
         torch.set_grad_enabled(estimator.loss is not None),
     ):
@@ -141,6 +146,7 @@ def score(
         layer_scores,
         tuple(dict(zip(kinds, scores, strict=True)) for scores in per_layer),
         collected,
+        averages,
     )
 
 

@@ -289,8 +289,8 @@ def test_settings_are_checked(tmp_path):
     config = PruneConfig("m", 0.5, str(tmp_path), **SETTINGS)
     with pytest.raises(ValueError, match="ridge is 0, expected finite, above 0"):
         dataclasses.replace(config, ridge=0)
-    with pytest.raises(ValueError, match="compensation is 'bias'"):
-        dataclasses.replace(config, compensation="bias")
+    with pytest.raises(ValueError, match="compensation is 'both'"):
+        dataclasses.replace(config, compensation="both")
     fused = dataclasses.replace(config, estimator="obs", gradients="fused", micro_batch_size=8)
     with pytest.raises(ValueError, match="gradients is 'fused': the estimator obs cannot be scored so"):
         resolve(fused, 2)

@@ -55,8 +55,10 @@ def test_every_method_prunes_to_the_budget_and_its_model_loads(
     model = AutoModelForCausalLM.from_pretrained(result.model_directory)
     assert model.num_parameters() == result.metrics["parameters_after"]
     assert model(torch.arange(3, 20)[None]).logits.isfinite().all()
-    applied = apply_plan(result.plan, tiny_models[family], tmp_path / "applied")
-    assert summarize(applied).parameters == result.metrics["parameters_after"]
+    compensated = method.compensation != "none"
+    applied = apply_plan(result.plan, tiny_models[family], tmp_path / "applied", uncompensated=compensated)
+    added = 4 * 2 * 48 if compensated and family == "qwen2" else 0  # tiny Llama has these biases already
+    assert summarize(applied).parameters == result.metrics["parameters_after"] - added
     decided = result.plan.settings
     assert decided["method"] == method.name
     assert decided["estimator"] == method.estimator.name
