@@ -30,7 +30,8 @@ class PruneConfig:
             implementation number Q modulo the groups (modulo).
         protected_layers: layers that lose nothing, such as 0-3,30,-1 (the last), or none.
         granularity: what attention is pruned by: whole KV groups (kv_group), or as many query heads of each
-            remaining KV group of a layer (query_head).
+            remaining KV group of a layer (query_head); or "layer": the least important decoder layers go as a
+            whole, and the others stay as they are.
         iterations: pruning rounds that would remove everything; each removes 1/iterations on average.
             One-shot methods ignore it.
         amplitude: how far a layer's share of a round may differ from the average.
@@ -69,7 +70,7 @@ class PruneConfig:
     allocation: Literal["adaptive", "uniform", "global", "threshold", "reference"] | None = None
     gqa_credit: Literal["owner", "modulo"] | None = None
     protected_layers: str | None = None
-    granularity: Literal["kv_group", "query_head"] | None = None
+    granularity: Literal["kv_group", "query_head", "layer"] | None = None
     iterations: int = 50
     amplitude: float = 0.02
     layer_metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"

@@ -11,6 +11,7 @@ from typing import Any
 
 from adapt_pruner.allocation import AllocationName
 from adapt_pruner.config import PruneConfig
+from adapt_pruner.families import Granularity
 from adapt_pruner.scoring.estimators import (
     FLUCTUATION,
     MAGNITUDE_L2,
@@ -33,11 +34,11 @@ class Method:
     Attributes:
         name: of `--method`.
         summary, source: what it does, in a line, and where it is described.
-        estimator: how units are scored.
+        estimator: how units are scored; None where whole layers go.
         allocation: how much each layer loses.
         one_shot: prunes in one round, whatever `iterations` says.
         gqa_credit: which KV group a query head counts for.
-        granularity: unit of attention.
+        granularity: unit of attention, or "layer": layer importance alone decides then.
         compensation: what the kept weights do about the removed ones.
         protected: share of the layers at the start and at the end that lose nothing, rounded up.
     """
@@ -45,11 +46,11 @@ class Method:
     name: str
     summary: str
     source: str
-    estimator: Estimator = TAYLOR_FIRST
+    estimator: Estimator | None = TAYLOR_FIRST
     allocation: AllocationName = "adaptive"
     one_shot: bool = False
     gqa_credit: GqaCredit = "owner"
-    granularity: str = "kv_group"
+    granularity: Granularity = "kv_group"
     compensation: str = "none"
     protected: tuple[float, float] = (0.0, 0.0)
 
@@ -60,7 +61,7 @@ class Method:
         return ",".join(f"{a}-{b}" for a, b in ends if b >= a) or "none"
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "estimator": self.estimator.name}
+        return {**dataclasses.asdict(self), "estimator": self.estimator.name if self.estimator else None}
 
 
 METHODS: tuple[Method, ...] = (
@@ -103,6 +104,14 @@ METHODS: tuple[Method, ...] = (
         one_shot=True,
     ),
     Method(
+        "shortgpt",
+        "whole layers: those that change the residual stream least go, in one round",
+        "arXiv 2403.03853",
+        estimator=None,
+        granularity="layer",
+        one_shot=True,
+    ),
+    Method(
         "random",
         "random units; the same share of each layer",
         "baseline of arXiv 2305.11627",
@@ -133,10 +142,25 @@ def find_method(name: str) -> Method:
     raise ValueError(f"method is {name!r}, expected one of {[m.name for m in METHODS]}")
 
 
+# What whole layers have no use for.
+_UNIT_SETTINGS = ("estimator", "allocation", "gqa_credit")
+
+
+def _refuse_unit_settings(config: PruneConfig) -> None:
+    given = {name: getattr(config, name) for name in _UNIT_SETTINGS}
+    given["compensation"] = None if config.compensation == "none" else config.compensation
+    given["gradients"] = "fused" if config.gradients == "fused" else None
+    useless = {name: value for name, value in given.items() if value is not None}
+    if useless:
+        raise ValueError(f"granularity is 'layer', which removes no units: expected no {useless}")
+
+
 def resolve(
     config: PruneConfig, num_layers: int, method: Method | None = None
-) -> tuple[PruneConfig, Estimator]:
+) -> tuple[PruneConfig, Estimator | None]:
     """The settings with everything that the method decides filled in, and the estimator they name.
+
+    Where whole layers go there is no estimator, and nothing of what is about units is filled in.
 
     Args:
         method: instead of the one that the settings name.
@@ -146,6 +170,10 @@ def resolve(
     """
     method = method or find_method(config.method)
     preset = method.to_dict() | {"protected_layers": method.protected_layers(num_layers)}
+    whole_layers = (config.granularity or method.granularity) == "layer"
+    if whole_layers:
+        _refuse_unit_settings(config)
+        preset |= {**dict.fromkeys(_UNIT_SETTINGS), "compensation": "none"}
     settings = {
         field.name: preset[field.name]
         for field in dataclasses.fields(config)
@@ -156,9 +184,12 @@ def resolve(
         logger.info("%s prunes in one shot: iterations %d is ignored", method.name, config.iterations)
         settings["iterations"] = 1
     resolved = dataclasses.replace(config, **settings)
-    named = resolved.estimator
-    assert named is not None
-    estimator = method.estimator if named == method.estimator.name else find_estimator(named)
+    if whole_layers:
+        return resolved, None
+    named, own = resolved.estimator, method.estimator
+    if named is None:
+        raise ValueError(f"{method.name} removes whole layers: expected granularity layer, or an estimator")
+    estimator = own if own and named == own.name else find_estimator(named)
     if resolved.gradients == "fused" and not estimator.fusible:
         raise ValueError(f"gradients is 'fused': the estimator {estimator.name} cannot be scored so")
     return resolved, estimator

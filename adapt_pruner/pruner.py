@@ -49,6 +49,7 @@ from adapt_pruner.families import (
     unit_costs,
     unit_counts,
 )
+from adapt_pruner.layer_removal import layer_parameters, removable_parameters, remove_layers
 from adapt_pruner.methods import Method, parse_layers, resolve
 from adapt_pruner.plan import Indices, PruningPlan
 from adapt_pruner.report.plots import plot_run
@@ -111,7 +112,11 @@ def prune(
     budget, embeddings = _header_budget(checkpoint, family)
     budget = _protecting(config, budget)
     added = _added_parameters(config, checkpoint, family)
-    target = resolve_target(config, budget, embeddings, floor=budget.floor + added)
+    sizes = layer_parameters(checkpoint, family)
+    floor = budget.floor + added
+    if granularity == "layer":
+        floor = budget.num_parameters - removable_parameters(sizes, budget.protected)
+    target = resolve_target(config, budget, embeddings, floor=floor)
     output = Path(config.output)
     RunDirectory(output).check(config, resume=config.resume)
     if RunDirectory(output).complete:
@@ -129,7 +134,7 @@ def prune(
     )
     run = RunDirectory.open(output, config, resume=config.resume)
     try:
-        _prune(config, estimator, run, engine, tokens, budget, embeddings, target, on_iteration)
+        _prune(config, estimator, run, engine, tokens, budget, sizes, embeddings, target, on_iteration)
         return _result(run)
     finally:
         run.close()
@@ -143,7 +148,8 @@ def resolve_target(config: PruneConfig, budget: UnitBudget, embeddings: int, *, 
         embeddings: its parameters in embedding and head.
         floor: what it has at least once anything is pruned.
     Raises:
-        ValueError: more than the model has, or less than one unit of each kind per layer leaves.
+        ValueError: more than the model has, or less than one unit of each kind per layer, or one whole layer,
+            leaves.
     """
     base = embeddings if config.target_of == "non-embedding" else 0
     now = budget.num_parameters - base
@@ -151,7 +157,8 @@ def resolve_target(config: PruneConfig, budget: UnitBudget, embeddings: int, *, 
     value = parse_target(config.target)
     target = int(value * now) if isinstance(value, float) else value
     if not floor <= target <= now:
-        relation = "above the current size" if target > now else "below what one unit per layer leaves"
+        least = "one layer" if config.granularity == "layer" else "one unit per layer"
+        relation = "above the current size" if target > now else f"below what {least} leaves"
         raise ValueError(
             f"target {config.target} of {config.target_of} is {target:,} parameters, {relation}: "
             f"expected {floor:,} to {now:,}"
@@ -226,11 +233,12 @@ def _draw(config: PruneConfig, tokens: TokenizedDocuments, iteration: int) -> to
 
 def _prune(
     config: PruneConfig,
-    estimator: Estimator,
+    estimator: Estimator | None,
     run: RunDirectory,
     engine: InMemoryEngine,
     tokens: TokenizedDocuments,
     budget: UnitBudget,
+    sizes: list[int],
     embeddings: int,
     target: int,
     on_iteration: OnIteration | None,
@@ -258,22 +266,35 @@ def _prune(
             )
         plan = saved
         engine.remove_units(plan.keep_indices)
+        engine.keep_layers(plan.kept_layers)
         if config.compensation != "none":
             engine.load_tensors(run.load_tensors(iteration))
     run.log("resumed" if state else "started", iteration=iteration, parameters=engine.num_parameters)
     with _deterministic(engine.model.device):
         while engine.num_parameters > target:
             iteration += 1
-            record, keep, sparsity = _iterate(
-                config, estimator, engine, tokens, budget.initial, sparsity, target, iteration
-            )
-            plan = dataclasses.replace(
-                plan,
-                keep_indices=tuple(
-                    {kind: old[kind][new[kind]] for kind in old}
-                    for old, new in zip(plan.keep_indices, keep, strict=True)
-                ),
-            )
+            if estimator is None:
+                record, plan = remove_layers(
+                    config,
+                    engine,
+                    _draw(config, tokens, iteration),
+                    plan,
+                    sizes=sizes,
+                    protected=budget.protected,
+                    target=target,
+                    iteration=iteration,
+                )
+            else:
+                record, keep, sparsity = _iterate(
+                    config, estimator, engine, tokens, budget.initial, sparsity, target, iteration
+                )
+                plan = dataclasses.replace(
+                    plan,
+                    keep_indices=tuple(
+                        {kind: old[kind][new[kind]] for kind in old}
+                        for old, new in zip(plan.keep_indices, keep, strict=True)
+                    ),
+                )
             run.save_iteration(
                 iteration,
                 record,

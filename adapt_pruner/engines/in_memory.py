@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,15 +24,16 @@ from adapt_pruner.families import Granularity, find_family, layer_widths, remova
 from adapt_pruner.kernels.backends import choose_backend
 from adapt_pruner.plan import Indices
 from adapt_pruner.scoring import Scores, score
-from adapt_pruner.scoring.estimators import TAYLOR_FIRST, Estimator, GqaCredit
+from adapt_pruner.scoring.estimators import TAYLOR_FIRST, Estimator, GqaCredit, weights_alone
 from adapt_pruner.scoring.gradients import Gradients
 from adapt_pruner.scoring.gram import Grams, Means, column_weights
 from adapt_pruner.scoring.layers import Metric
-from adapt_pruner.surgery import prune_layer
+from adapt_pruner.surgery import keep_layers, prune_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_NO_UNITS = Estimator("none", weights_alone(lambda subject: []), "no unit is scored", "-")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -162,6 +164,24 @@ class InMemoryEngine:
             ridge=ridge,
             backend=self._backend,
         )
+
+    def score_layers(self, batch: Tensor, *, micro_batch_size: int, metric: Metric = "cosine") -> Scores:
+        """Loss and layer importance alone, from forward passes."""
+        return score(
+            self.model,
+            dataclasses.replace(self.family, unit_kinds=()),
+            self.widths,
+            batch.to(self.model.device),
+            micro_batch_size=micro_batch_size,
+            metric=metric,
+            estimator=_NO_UNITS,
+            backend=self._backend,
+        )
+
+    def keep_layers(self, kept: Sequence[int]) -> None:
+        """Removes all layers but these, numbered as they are now, ascending."""
+        keep_layers(self.model, self.family, kept)
+        self.widths = tuple(self.widths[layer] for layer in kept)
 
     def remove_units(
         self,

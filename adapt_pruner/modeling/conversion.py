@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from adapt_pruner.families import LayerWidths, is_uniform
 from adapt_pruner.modeling.registration import register
 
+_PER_LAYER_KEYS = ("layer_types", "mlp_layer_types")  # lists of one value per layer
 _WIDTH_KEYS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 # Written anew by whatever config class is chosen.
 _DROPPED_KEYS = ("per_layer_config", "auto_map", "architectures", "model_type", "transformers_version")
@@ -41,6 +42,29 @@ def pruned_config(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> Pr
     return _with_architecture(AutoConfig.for_model(f"adapt_{stock_type}", **values))
 
 
+def keep_config_layers(config: PreTrainedConfig, kept: Sequence[int]) -> None:
+    """Makes a config, in place, that of a model with some of its layers.
+
+    Args:
+        kept: their numbers, ascending.
+    """
+    if len(kept) == config.num_hidden_layers:
+        return
+    own = config.to_dict().get("per_layer_config") or {}
+    own = {int(layer): values for layer, values in own.items()}
+    config.per_layer_config = None
+    for key in _PER_LAYER_KEYS:
+        if getattr(config, key, None) is not None:
+            setattr(config, key, [getattr(config, key)[layer] for layer in kept])
+    if getattr(config, "max_window_layers", None) is not None:  # Qwen: windows begin with this layer
+        config.max_window_layers = sum(layer < config.max_window_layers for layer in kept)
+    # Gemma 3: every how many layers attention is full, which no longer holds; layer_types say it.
+    config.__dict__.pop("sliding_window_pattern", None)
+    config.num_hidden_layers = len(kept)
+    if own:
+        config.per_layer_config = {i: own[layer] for i, layer in enumerate(kept) if layer in own}
+
+
 def _with_architecture(config: PreTrainedConfig) -> PreTrainedConfig:
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     config.architectures = [model_class.__name__]
@@ -58,9 +82,9 @@ def convert_pruned_model(model: PreTrainedModel, widths: Sequence[LayerWidths]) 
     with torch.device("meta"):
         converted = AutoModelForCausalLM.from_config(config)
     converted.load_state_dict(model.state_dict(), assign=True)
-    for name, buffer in model.named_buffers():  # rotary frequencies are not in the state dict
+    for name, _ in list(converted.named_buffers()):  # rotary frequencies are not in the state dict
         owner, _, leaf = name.rpartition(".")
-        setattr(converted.get_submodule(owner), leaf, buffer)
+        setattr(converted.get_submodule(owner), leaf, model.get_buffer(name))
     converted.tie_weights()
     converted.generation_config = model.generation_config
     converted.set_attn_implementation(model.config._attn_implementation)

@@ -140,7 +140,7 @@ def score(
                 part.backward()
         layer_scores = layer_importance.result()
         unit_scores = _to_host(crediting.add_up(unit_importance()))
-    per_layer = [unit_scores[i : i + len(kinds)] for i in range(0, len(unit_scores), len(kinds))]
+    per_layer = [unit_scores[i * len(kinds) : (i + 1) * len(kinds)] for i in range(len(widths))]
     return Scores(
         loss.item(),
         layer_scores,
@@ -164,6 +164,8 @@ def _scoring(
 
 def _to_host(scores: Sequence[Tensor]) -> list[Floats]:
     """Float64 copies, by one transfer."""
+    if not scores:
+        return []
     ends = np.cumsum([len(values) for values in scores])
     together: Floats = torch.cat(list(scores)).double().cpu().numpy()
     return np.split(together, ends[:-1])
