@@ -30,7 +30,8 @@ class PruneConfig:
             implementation number Q modulo the groups (modulo).
         protected_layers: layers that lose nothing, such as 0-3,30,-1 (the last), or none.
         granularity: what attention is pruned by: whole KV groups (kv_group), or as many query heads of each
-            remaining KV group of a layer (query_head).
+            remaining KV group of a layer (query_head); or "layer": the least important decoder layers go as a
+            whole, and the others stay as they are.
         attention_rate: the multiple of a layer's sparsity that its attention units lose, 0 for none. The
             allocations global and threshold divide the price of a unit by it.
         mlp_rate: the same for the channels.
@@ -45,8 +46,9 @@ class PruneConfig:
         num_sequences: calibration sequences drawn anew for each iteration.
         sequence_length: tokens of each sequence.
         micro_batch_size: sequences per forward and backward pass.
-        compensation: "least_squares" changes the kept columns of every down_proj and o_proj in each round so
-            that their outputs on the calibration sequences come closest to those before it.
+        compensation: "bias" adds what the removed columns of every down_proj and o_proj gave on average over
+            the calibration sequences to a bias, which counts as parameters; "least_squares" changes the kept
+            columns in each round so that the outputs on these sequences come closest to those before it.
         carry_over: how much what earlier iterations measured at the units that are left counts in each later
             one: 0 forgets it, 1 counts all iterations alike.
         ridge: of obs, obs_fisher and least_squares: what the second moments of inputs get on top of their
@@ -73,7 +75,7 @@ class PruneConfig:
     allocation: Literal["adaptive", "uniform", "global", "threshold", "reference"] | None = None
     gqa_credit: Literal["owner", "modulo"] | None = None
     protected_layers: str | None = None
-    granularity: Literal["kv_group", "query_head"] | None = None
+    granularity: Literal["kv_group", "query_head", "layer"] | None = None
     attention_rate: float | None = None
     mlp_rate: float | None = None
     iterations: int | None = None
@@ -85,7 +87,7 @@ class PruneConfig:
     num_sequences: int = 512
     sequence_length: int = 64
     micro_batch_size: int = 16
-    compensation: Literal["none", "least_squares"] | None = None
+    compensation: Literal["none", "bias", "least_squares"] | None = None
     carry_over: float | None = None
     ridge: float = RIDGE
     gradients: Literal["auto", "fused", "materialised"] = "auto"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ class ModelSummary:
     """A whole model.
 
     A multiply-add counts as two FLOPs. `flops_per_token` is the forward pass for one token at the end of
-    `context` tokens, the head included and the embedding lookup not.
+    `context` tokens, the head included and the embedding lookup not. `removed_layers` are those of the model
+    before pruning that are gone as a whole, where it is compared with that.
     """
 
     model_type: str
@@ -42,6 +43,7 @@ class ModelSummary:
     flops_per_token: int
     kv_cache_bytes_per_token: int
     layers: tuple[LayerSummary, ...]
+    removed_layers: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,11 +104,15 @@ def inspect_model(config: InspectConfig) -> tuple[ModelSummary, ModelSummary | N
     """
     after = summarize(resolve_model(config.model), context=config.context)
     base = config.base
-    plan = Path(config.model) / "plan.json"
-    if base is None and plan.exists():
-        base = _base_of(PruningPlan.load(plan))
+    removed: tuple[int, ...] = ()
+    plan_file = Path(config.model) / "plan.json"
+    if plan_file.exists():
+        plan = PruningPlan.load(plan_file)
+        base, removed = base or _base_of(plan), plan.removed_layers
     before = summarize(resolve_model(base), context=config.context) if base else None
-    if before and len(before.layers) != len(after.layers):
+    if before:
+        after = replace(after, removed_layers=removed)
+    if before and len(before.layers) != len(after.layers) + len(removed):
         raise ValueError(
             f"{config.model} has {len(after.layers)} layers, {base} has {len(before.layers)}: "
             "expected a model pruned from it"

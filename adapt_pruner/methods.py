@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from adapt_pruner.allocation import AllocationName
 from adapt_pruner.config import PruneConfig
+from adapt_pruner.families import Granularity
 from adapt_pruner.scoring.estimators import (
     FLUCTUATION,
     MAGNITUDE_L2,
@@ -34,12 +35,12 @@ class Method:
     Attributes:
         name: of `--method`.
         summary, source: what it does, in a line, and where it is described.
-        estimator: how units are scored.
+        estimator: how units are scored; None where whole layers go.
         allocation: how much each layer loses.
         one_shot: prunes in one round, whatever `iterations` says.
         iterations: rounds that would remove everything, of methods that are not.
         gqa_credit: which KV group a query head counts for.
-        granularity: unit of attention.
+        granularity: unit of attention, or "layer": layer importance alone decides then.
         attention_rate, mlp_rate: multiple of a layer's sparsity that its attention units, its channels lose.
         compensation: what the kept weights do about the removed ones.
         carry_over: how much what earlier rounds measured counts in each later one.
@@ -51,12 +52,12 @@ class Method:
     name: str
     summary: str
     source: str
-    estimator: Estimator = TAYLOR_FIRST
+    estimator: Estimator | None = TAYLOR_FIRST
     allocation: AllocationName = "adaptive"
     one_shot: bool = False
     iterations: int = 50
     gqa_credit: GqaCredit = "owner"
-    granularity: str = "kv_group"
+    granularity: Granularity = "kv_group"
     attention_rate: float = 1.0
     mlp_rate: float = 1.0
     compensation: str = "none"
@@ -71,7 +72,7 @@ class Method:
         return ",".join(f"{a}-{b}" for a, b in ends if b >= a) or "none"
 
     def to_dict(self) -> dict[str, Any]:
-        values = {**dataclasses.asdict(self), "estimator": self.estimator.name}
+        values = {**dataclasses.asdict(self), "estimator": self.estimator.name if self.estimator else None}
         return values if self.removes == "units" else values | dict.fromkeys((*_OF_UNITS, "protected"))
 
 
@@ -113,12 +114,12 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         "flap",
-        "fluctuation of inputs; one threshold for the units of all layers",
+        "fluctuation of inputs; one threshold for the units of all layers; biases make up for their means",
         "arXiv 2312.11983",
         estimator=FLUCTUATION,
         allocation="threshold",
         one_shot=True,
-        # compensation="bias" as soon as there is one: FLAP adds W[:, removed] times the mean input to a bias.
+        compensation="bias",
     ),
     Method(
         "wanda-sp",
@@ -134,6 +135,14 @@ METHODS: tuple[Method, ...] = (
         "baseline L2 of arXiv 2305.11627",
         estimator=MAGNITUDE_L2,
         allocation="uniform",
+        one_shot=True,
+    ),
+    Method(
+        "shortgpt",
+        "whole layers: those that change the residual stream least go, in one round",
+        "arXiv 2403.03853",
+        estimator=None,
+        granularity="layer",
         one_shot=True,
     ),
     Method(
@@ -174,10 +183,21 @@ def find_method(name: str) -> Method:
     raise ValueError(f"method is {name!r}, expected one of {[m.name for m in METHODS]}")
 
 
+def _refuse_unit_settings(config: PruneConfig) -> None:
+    given = {name: getattr(config, name) for name in _OF_UNITS if name != "granularity"}
+    given["compensation"] = None if config.compensation == "none" else config.compensation
+    given["gradients"] = "fused" if config.gradients == "fused" else None
+    useless = {name: value for name, value in given.items() if value is not None}
+    if useless:
+        raise ValueError(f"granularity is 'layer', which removes no units: expected no {useless}")
+
+
 def resolve(
     config: PruneConfig, num_layers: int, method: Method | None = None
-) -> tuple[PruneConfig, Estimator]:
+) -> tuple[PruneConfig, Estimator | None]:
     """The settings with everything that the method decides filled in, and the estimator they name.
+
+    Where whole layers go there is no estimator, and nothing of what is about units is filled in.
 
     Args:
         method: instead of the one that the settings name.
@@ -186,16 +206,24 @@ def resolve(
             exclude each other.
     """
     method = method or find_method(config.method)
+    config = _of_method(config, method)
     preset = method.to_dict() | {"protected_layers": method.protected_layers(num_layers)}
+    whole_layers = (config.granularity or method.granularity) == "layer"
+    if whole_layers:
+        _refuse_unit_settings(config)
+        preset |= {**dict.fromkeys(("estimator", "allocation", "gqa_credit")), "compensation": "none"}
     settings = {
         field.name: preset[field.name]
         for field in dataclasses.fields(config)
         if getattr(config, field.name) is None and field.name in preset
     }
-    resolved = dataclasses.replace(_of_method(config, method), **settings)
-    named = resolved.estimator
-    assert named is not None
-    estimator = method.estimator if named == method.estimator.name else find_estimator(named)
+    resolved = dataclasses.replace(config, **settings)
+    if whole_layers:
+        return resolved, None
+    named, own = resolved.estimator, method.estimator
+    if named is None:
+        raise ValueError(f"{method.name} removes whole layers: expected granularity layer, or an estimator")
+    estimator = own if own and named == own.name else find_estimator(named)
     if resolved.gradients == "fused" and not estimator.fusible:
         raise ValueError(f"gradients is 'fused': the estimator {estimator.name} cannot be scored so")
     return resolved, estimator

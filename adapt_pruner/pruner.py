@@ -38,6 +38,7 @@ from adapt_pruner.checkpoint import (
     require_free_space,
     write_json,
 )
+from adapt_pruner.compensation import missing_output_biases
 from adapt_pruner.config import PruneConfig, parse_target
 from adapt_pruner.data import TokenizedDocuments, check_vocabulary, load_documents, sample_sequences, tokenize
 from adapt_pruner.engines.in_memory import InMemoryEngine, resolve_device
@@ -49,6 +50,7 @@ from adapt_pruner.families import (
     unit_costs,
     unit_counts,
 )
+from adapt_pruner.layer_removal import layer_parameters, removable_parameters, remove_layers
 from adapt_pruner.methods import Method, find_method, parse_layers, resolve
 from adapt_pruner.plan import Indices, PruningPlan
 from adapt_pruner.report.plots import plot_run
@@ -118,7 +120,12 @@ def prune(
     family = family.with_granularity(granularity)
     budget, embeddings = _header_budget(checkpoint, family)
     budget = _restricted(config, budget)
-    target = resolve_target(config, budget, embeddings)
+    added = _added_parameters(config, checkpoint, family)
+    sizes = layer_parameters(checkpoint, family)
+    floor = budget.floor + added
+    if granularity == "layer":
+        floor = budget.num_parameters - removable_parameters(sizes, budget.protected)
+    target = resolve_target(config, budget, embeddings, floor=floor)
     output = Path(config.output)
     RunDirectory(output).check(config, resume=config.resume)
     if RunDirectory(output).complete:
@@ -132,32 +139,36 @@ def prune(
         dtype=config.dtype,
         backend=config.backend,
         granularity=granularity,
+        output_biases=config.compensation == "bias" and target < checkpoint.num_parameters,
     )
     run = RunDirectory.open(output, config, resume=config.resume)
     try:
-        _prune(config, estimator, run, engine, tokens, budget, embeddings, target, on_iteration)
+        _prune(config, estimator, run, engine, tokens, budget, sizes, embeddings, target, on_iteration)
         return _result(run)
     finally:
         run.close()
 
 
-def resolve_target(config: PruneConfig, budget: UnitBudget, embeddings: int) -> int:
+def resolve_target(config: PruneConfig, budget: UnitBudget, embeddings: int, *, floor: int) -> int:
     """The target as a count of all parameters.
 
     Args:
         budget: of the model before pruning.
         embeddings: its parameters in embedding and head.
+        floor: what it has at least once anything is pruned.
     Raises:
         ValueError: more than the model has, or less than what stays whatever the target.
     """
     base = embeddings if config.target_of == "non-embedding" else 0
-    now, floor = budget.num_parameters - base, budget.floor - base
+    now = budget.num_parameters - base
+    floor = min(now, floor - base)
     value = parse_target(config.target)
     target = int(value * now) if isinstance(value, float) else value
     if not floor <= target <= now:
         stays = [f"all of {kind} ({_rate_of(kind)} 0)" for kind, rate in budget.rates.items() if rate == 0]
         stays += [f"layers {config.protected_layers} (protected)"] if budget.protected else []
-        least = " beside ".join(["one unit per layer leaves", *stays])
+        first = "one layer leaves" if config.granularity == "layer" else "one unit per layer leaves"
+        least = " beside ".join([first, *stays])
         relation = "above the current size" if target > now else f"below what {least}"
         raise ValueError(
             f"target {config.target} of {config.target_of} is {target:,} parameters, {relation}: "
@@ -191,6 +202,14 @@ def _rate_of(kind: str) -> str:
     return "attention_rate" if kind in ATTENTION_UNITS else "mlp_rate"
 
 
+def _added_parameters(config: PruneConfig, checkpoint: Checkpoint, family: Family) -> int:
+    """Parameters that the pruned model has beside those the units leave: they count towards the target."""
+    if config.compensation != "bias":
+        return 0
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    return sum(missing_output_biases(family, layer_widths(checkpoint.config), shapes).values())
+
+
 def _saved_bytes(config: PruneConfig, checkpoint: Checkpoint, family: Family, target: int) -> int:
     """Bytes of the pruned model and what is written beside it."""
     per_parameter = checkpoint.num_bytes / checkpoint.num_parameters
@@ -202,7 +221,9 @@ def _saved_bytes(config: PruneConfig, checkpoint: Checkpoint, family: Family, ta
         for name in column_weights(family, layer, widths, checkpoint.tensors)
     ]
     saved, state = target * per_parameter, 0.0
-    if config.compensation != "none":
+    if config.compensation == "bias":
+        state += sum(rows for rows, _ in shapes) * per_parameter
+    if config.compensation == "least_squares":
         state += sum(rows * columns for rows, columns in shapes) * per_parameter
         if config.carry_over:
             state += sum(rows**2 + columns**2 for rows, columns in shapes) * 4
@@ -237,11 +258,12 @@ def _draw(config: PruneConfig, tokens: TokenizedDocuments, iteration: int) -> to
 
 def _prune(
     config: PruneConfig,
-    estimator: Estimator,
+    estimator: Estimator | None,
     run: RunDirectory,
     engine: InMemoryEngine,
     tokens: TokenizedDocuments,
     budget: UnitBudget,
+    sizes: list[int],
     embeddings: int,
     target: int,
     on_iteration: OnIteration | None,
@@ -270,6 +292,7 @@ def _prune(
             )
         plan = saved
         engine.remove_units(plan.keep_indices)
+        engine.keep_layers(plan.kept_layers)
         tensors = run.load_tensors(iteration)
         engine.load_tensors({name: tensors[name] for name in _column_tensors(config, engine)})
         if config.carry_over:
@@ -278,16 +301,28 @@ def _prune(
     with _deterministic(engine.model.device):
         while engine.num_parameters > target:
             iteration += 1
-            record, keep, sparsity, earlier = _iterate(
-                config, estimator, engine, tokens, budget.initial, sparsity, target, iteration, earlier
-            )
-            plan = dataclasses.replace(
-                plan,
-                keep_indices=tuple(
-                    {kind: old[kind][new[kind]] for kind in old}
-                    for old, new in zip(plan.keep_indices, keep, strict=True)
-                ),
-            )
+            if estimator is None:
+                record, plan = remove_layers(
+                    config,
+                    engine,
+                    _draw(config, tokens, iteration),
+                    plan,
+                    sizes=sizes,
+                    protected=budget.protected,
+                    target=target,
+                    iteration=iteration,
+                )
+            else:
+                record, keep, sparsity, earlier = _iterate(
+                    config, estimator, engine, tokens, budget.initial, sparsity, target, iteration, earlier
+                )
+                plan = dataclasses.replace(
+                    plan,
+                    keep_indices=tuple(
+                        {kind: old[kind][new[kind]] for kind in old}
+                        for old, new in zip(plan.keep_indices, keep, strict=True)
+                    ),
+                )
             run.save_iteration(
                 iteration,
                 record,
@@ -341,7 +376,8 @@ def _iterate(
         estimator=estimator,
         gqa_credit=config.gqa_credit or "owner",
         seed=(config.seed, iteration),
-        grams=config.compensation != "none",
+        grams=config.compensation == "least_squares",
+        means=config.compensation == "bias",
         ridge=config.ridge,
         earlier=earlier,
         share=1 / sum(carry_over**age for age in range(iteration)),
@@ -365,7 +401,10 @@ def _iterate(
     clock.append(time.perf_counter())
     widths = engine.widths
     engine.remove_units(
-        keep, grams=scores.grams if config.compensation != "none" else None, ridge=config.ridge
+        keep,
+        grams=scores.grams if config.compensation == "least_squares" else None,
+        means=scores.means,
+        ridge=config.ridge,
     )
     clock.append(time.perf_counter())
     record = {

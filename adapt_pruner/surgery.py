@@ -73,6 +73,24 @@ def prune_layer(
     return pruned
 
 
+def keep_layers(model: Any, family: Family, kept: Sequence[int]) -> None:
+    """Removes whole decoder layers from a live causal LM and its config, in place; no weight is copied.
+
+    Args:
+        kept: numbers of the layers that stay, ascending; they are numbered anew.
+    """
+    from adapt_pruner.modeling.conversion import keep_config_layers
+
+    owner, _, leaf = family.layers_module.rpartition(".")
+    layers = model.get_submodule(family.layers_module)
+    setattr(model.get_submodule(owner), leaf, nn.ModuleList(layers[i] for i in kept))
+    for number, layer in enumerate(model.get_submodule(family.layers_module)):
+        for module in layer.modules():
+            if isinstance(module.__dict__.get("layer_idx"), int):  # its place in the KV cache
+                module.layer_idx = number
+    keep_config_layers(model.config, kept)
+
+
 def gather_members(
     tensors: Mapping[str, Tensor], members: Sequence[UnitTensor], keep: Indices, *, backend: str = "auto"
 ) -> dict[str, Tensor]:
@@ -146,7 +164,7 @@ def apply_plan(
     """
     from transformers import AutoConfig
 
-    from adapt_pruner.modeling.conversion import pruned_config
+    from adapt_pruner.modeling.conversion import keep_config_layers, pruned_config
 
     output = Path(output)
     require_empty(output)
@@ -161,7 +179,10 @@ def apply_plan(
     family = find_family(checkpoint.config.get("model_type")).with_granularity(plan.granularity)
     _require_same_model(plan, checkpoint, family)
     base = layer_widths(checkpoint.config)
-    config = pruned_config(AutoConfig.from_pretrained(checkpoint.directory), plan.widths(family, base))
+    widths = plan.widths(family, base)
+    config = AutoConfig.from_pretrained(checkpoint.directory)
+    keep_config_layers(config, plan.kept_layers)
+    config = pruned_config(config, widths)
     sources = _tensor_sources(plan, checkpoint, family, base)
     shards = _plan_shards(sources)
     require_free_space(output, sum(sum(s.num_bytes for s in shard) for shard in shards))
@@ -183,12 +204,23 @@ def apply_plan(
 
 
 class _TensorSource:
-    """One tensor of the base checkpoint and what the plan leaves of it."""
+    """One tensor of the base checkpoint, what the plan leaves of it, and its name in the pruned model."""
 
     def __init__(
-        self, name: str, info: TensorInfo, members: Sequence[UnitTensor] = (), keep: Indices | None = None
+        self,
+        base_name: str,
+        name: str,
+        info: TensorInfo,
+        members: Sequence[UnitTensor] = (),
+        keep: Indices | None = None,
     ) -> None:
-        self.name, self.info, self._members, self._keep = name, info, members, keep
+        self._base_name, self.name, self.info, self._members, self._keep = (
+            base_name,
+            name,
+            info,
+            members,
+            keep,
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -201,10 +233,10 @@ class _TensorSource:
 
     def read(self) -> Tensor:
         with safe_open(self.info.shard, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self.name)
+            tensor: Tensor = file.get_tensor(self._base_name)
         if self._keep is None:
             return tensor
-        return gather_members({self.name: tensor}, self._members, self._keep)[self.name]
+        return gather_members({self._base_name: tensor}, self._members, self._keep)[self._base_name]
 
 
 def _tensor_sources(
@@ -215,7 +247,19 @@ def _tensor_sources(
         for kind in family.unit_kinds:
             for member in family.unit_tensors(kind, layer, widths, checkpoint.tensors):
                 pruned.setdefault(member.name, ([], keep[kind.name]))[0].append(member)
-    return [_TensorSource(name, info, *pruned.get(name, ())) for name, info in checkpoint.tensors.items()]
+    names = dict(zip(checkpoint.tensors, checkpoint.tensors, strict=True))
+    for layer in range(len(base)):
+        prefix = family.layer_prefix.format(layer=layer) + "."
+        for name in [name for name in checkpoint.tensors if name.startswith(prefix)]:
+            if layer in plan.removed_layers:
+                del names[name]
+            else:
+                number = plan.kept_layers.index(layer)
+                names[name] = family.layer_prefix.format(layer=number) + "." + name.removeprefix(prefix)
+    return [
+        _TensorSource(base_name, name, checkpoint.tensors[base_name], *pruned.get(base_name, ()))
+        for base_name, name in names.items()
+    ]
 
 
 def _plan_shards(sources: list[_TensorSource]) -> list[list[_TensorSource]]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 Span = Literal["one", "head", "group"]
 Part = Literal["query", "kv", "channel"]
-Granularity = Literal["kv_group", "query_head"]
+Granularity = Literal["kv_group", "query_head", "layer"]
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,11 @@ class Family:
     models: str = ""
 
     def with_granularity(self, granularity: Granularity) -> Family:
-        """The family with attention pruned by whole KV groups, or by query heads.
+        """The family with attention pruned by whole KV groups, or by query heads; by "layer" both stay whole.
 
         A query head owns its part of what a kv_group owns on the side of the queries; keys and values stay.
         """
-        if granularity == "kv_group":
+        if granularity != "query_head":
             return self
         kinds = []
         for kind in self.unit_kinds:

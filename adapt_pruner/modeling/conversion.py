@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from adapt_pruner.families import LayerWidths, is_uniform
 from adapt_pruner.modeling.registration import register
 
+_PER_LAYER_KEYS = ("layer_types", "mlp_layer_types")  # lists of one value per layer
 _WIDTH_KEYS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 # Written anew by whatever config class is chosen.
 _DROPPED_KEYS = ("per_layer_config", "auto_map", "architectures", "model_type", "transformers_version")
@@ -20,8 +21,8 @@ _DROPPED_KEYS = ("per_layer_config", "auto_map", "architectures", "model_type", 
 def pruned_config(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> PreTrainedConfig:
     """Config of the model with the given widths.
 
-    Layers of equal widths give the stock config class (no custom code to load it), others the
-    `adapt_*` class with `per_layer_config`. Everything else is taken over from `config`.
+    Layers of equal widths give the stock config class (no custom code to load it), others and those with
+    `output_biases` the `adapt_*` class with `per_layer_config`. Everything else is taken over from `config`.
     """
     register()
     values = {k: v for k, v in config.to_dict().items() if k not in _DROPPED_KEYS}
@@ -29,7 +30,7 @@ def pruned_config(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> Pr
     for key in _WIDTH_KEYS:
         values[key] = max(getattr(layer, key) for layer in widths)
     stock_type = config.model_type.removeprefix("adapt_")
-    if is_uniform(widths):
+    if is_uniform(widths) and not values.get("output_biases"):
         try:
             return _with_architecture(AutoConfig.for_model(stock_type, **values))
         except StrictDataclassError:
@@ -39,6 +40,29 @@ def pruned_config(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> Pr
         i: {key: getattr(layer, key) for key in _WIDTH_KEYS} for i, layer in enumerate(widths)
     }
     return _with_architecture(AutoConfig.for_model(f"adapt_{stock_type}", **values))
+
+
+def keep_config_layers(config: PreTrainedConfig, kept: Sequence[int]) -> None:
+    """Makes a config, in place, that of a model with some of its layers.
+
+    Args:
+        kept: their numbers, ascending.
+    """
+    if len(kept) == config.num_hidden_layers:
+        return
+    own = config.to_dict().get("per_layer_config") or {}
+    own = {int(layer): values for layer, values in own.items()}
+    config.per_layer_config = None
+    for key in _PER_LAYER_KEYS:
+        if getattr(config, key, None) is not None:
+            setattr(config, key, [getattr(config, key)[layer] for layer in kept])
+    if getattr(config, "max_window_layers", None) is not None:  # Qwen: windows begin with this layer
+        config.max_window_layers = sum(layer < config.max_window_layers for layer in kept)
+    # Gemma 3: every how many layers attention is full, which no longer holds; layer_types say it.
+    config.__dict__.pop("sliding_window_pattern", None)
+    config.num_hidden_layers = len(kept)
+    if own:
+        config.per_layer_config = {i: own[layer] for i, layer in enumerate(kept) if layer in own}
 
 
 def _with_architecture(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -58,9 +82,9 @@ def convert_pruned_model(model: PreTrainedModel, widths: Sequence[LayerWidths]) 
     with torch.device("meta"):
         converted = AutoModelForCausalLM.from_config(config)
     converted.load_state_dict(model.state_dict(), assign=True)
-    for name, buffer in model.named_buffers():  # rotary frequencies are not in the state dict
+    for name, _ in list(converted.named_buffers()):  # rotary frequencies are not in the state dict
         owner, _, leaf = name.rpartition(".")
-        setattr(converted.get_submodule(owner), leaf, buffer)
+        setattr(converted.get_submodule(owner), leaf, model.get_buffer(name))
     converted.tie_weights()
     converted.generation_config = model.generation_config
     converted.set_attn_implementation(model.config._attn_implementation)

@@ -8,7 +8,8 @@ The widths live in transformers' own key `per_layer_config`, which holds what di
 
     {"0": {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 96}, ...}
 
-The global values beside it are the maxima over all layers.
+The global values beside it are the maxima over all layers. `output_biases` names linear modules of a layer,
+such as "mlp.down_proj", that have a bias in every layer though the stock architecture has none there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -164,6 +166,10 @@ class PerLayerModelMixin:
                 # Frequencies that follow the length of the text read it for a head_dim that is given anyway.
                 heads = max(layer_config.num_attention_heads for layer_config in config.per_layer_config)
                 self.rotary_emb.config = LayerConfigView(config, num_attention_heads=heads)
+        for layer in self.layers:
+            for name in getattr(config, "output_biases", None) or ():
+                linear = layer.get_submodule(name)
+                linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
         self.post_init()
 
 

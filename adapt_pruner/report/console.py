@@ -15,7 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from adapt_pruner.bench import BenchResult, Comparison
     from adapt_pruner.evaluation.evaluate import EvaluationResult
-    from adapt_pruner.inspection import ModelSummary
+    from adapt_pruner.inspection import LayerSummary, ModelSummary
     from adapt_pruner.pruner import IterationReport
 
 
@@ -128,21 +128,26 @@ def _with_error(value: float | None, error: float | None) -> str:
 
 
 def show_inspected(console: Console, after: ModelSummary, before: ModelSummary | None) -> None:
-    def cell(i: int, key: str) -> str:
-        now = getattr(after.layers[i].widths, key)
-        return f"{getattr(before.layers[i].widths, key)} → {now}" if before else str(now)
+    def cell(now: LayerSummary, was: LayerSummary | None, key: str) -> str:
+        width = str(getattr(now.widths, key))
+        return f"{getattr(was.widths, key)} → {width}" if was else width
 
     table = Table("layer", "heads", "KV", "channels", "parameters", "kept", "MFLOPs", "KV bytes")
-    for i in range(len(after.layers)):
+    there = iter(after.layers)
+    for i in range(len(after.layers) + len(after.removed_layers)):
+        if i in after.removed_layers:
+            table.add_row(str(i), "removed", "", "", "0", "0%", "0.00", "0")
+            continue
+        layer, was = next(there), before.layers[i] if before else None
         table.add_row(
             str(i),
-            cell(i, "num_attention_heads"),
-            cell(i, "num_key_value_heads"),
-            cell(i, "intermediate_size"),
-            f"{after.layers[i].parameters:,}",
-            f"{after.layers[i].parameters / before.layers[i].parameters:.0%}" if before else "",
-            f"{after.layers[i].flops_per_token / 1e6:.2f}",
-            f"{after.layers[i].kv_cache_bytes_per_token:,}",
+            cell(layer, was, "num_attention_heads"),
+            cell(layer, was, "num_key_value_heads"),
+            cell(layer, was, "intermediate_size"),
+            f"{layer.parameters:,}",
+            f"{layer.parameters / was.parameters:.0%}" if was else "",
+            f"{layer.flops_per_token / 1e6:.2f}",
+            f"{layer.kv_cache_bytes_per_token:,}",
         )
     console.print(table)
     totals = Table("total", *(["before"] if before else []), "after" if before else "", "")

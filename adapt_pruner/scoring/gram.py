@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from adapt_pruner.families import Family, LayerWidths
-from adapt_pruner.kernels import NonFiniteError
+from adapt_pruner.kernels import ActivationStats, NonFiniteError
 from adapt_pruner.plan import Indices
 
 
@@ -91,6 +91,8 @@ def _add_products(products: Tensor, x: Tensor) -> None:
 
 
 Grams = dict[str, InputGram]  # by the name of the weight
+Means = dict[str, ActivationStats]  # by the name of the weight
+Moments = TypeVar("Moments", InputGram, ActivationStats)
 
 
 def cholesky(matrix: Tensor, name: str) -> Tensor:
@@ -143,12 +145,42 @@ def kept_columns(
     return {name: torch.from_numpy(kept) for name, kept in columns.items()}
 
 
-class InputGrams:
+class _Watching(Generic[Moments]):
+    """Context in which forward passes go through a hook at every down_proj and o_proj.
+
+    A batch may go through in any number of passes.
+    """
+
+    def __init__(self, model: nn.Module, seen: dict[str, Moments]) -> None:
+        self._model = model
+        self.seen: dict[str, Moments] = seen
+
+    def __enter__(self) -> dict[str, Moments]:
+        self._handles = [
+            self._model.get_submodule(name.removesuffix(".weight")).register_forward_hook(self._hook(moments))
+            for name, moments in self.seen.items()
+        ]
+        return self.seen
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, moments: Moments) -> Any:
+        return lambda module, args, output: self._see(moments, args[0].detach(), output)
+
+    def _see(self, moments: Moments, x: Tensor, output: Tensor) -> None:
+        raise NotImplementedError
+
+
+class InputGrams(_Watching[InputGram]):
     """Context in which passes accumulate the `InputGram` of every down_proj and o_proj.
 
-    A batch may go through in any number of passes. Memory: 8 bytes per pair of columns, on the model's
-    device: 0.65 GB for SmolLM2-135M, 53 GB for Llama-3.1-8B; and of one pass at a time the input of one
-    matrix in fp32 and its products in fp32. With gradients also 8 bytes per pair of outputs.
+    Memory: 8 bytes per pair of columns, on the model's device: 0.65 GB for SmolLM2-135M, 53 GB for
+    Llama-3.1-8B; and of one pass at a time the input of one matrix in fp32 and its products in fp32. With
+    gradients also 8 bytes per pair of outputs.
 
     Args:
         gradients: collect those of the outputs in backward passes.
@@ -157,34 +189,48 @@ class InputGrams:
     def __init__(
         self, model: nn.Module, family: Family, widths: Sequence[LayerWidths], *, gradients: bool = False
     ) -> None:
-        self._model = model
-        parameters = dict(model.named_parameters())
-        self.grams: Grams = {}
-        for layer, layer_widths in enumerate(widths):
-            for name, columns in column_weights(family, layer, layer_widths, parameters).items():
-                weight = parameters[name]
-                outputs = weight.shape[0] if gradients else None
-                self.grams[name] = InputGram.zeros(name, columns, weight.device, outputs=outputs)
+        super().__init__(
+            model,
+            {
+                name: InputGram.zeros(
+                    name, columns, weight.device, outputs=weight.shape[0] if gradients else None
+                )
+                for name, columns, weight in _column_parameters(model, family, widths)
+            },
+        )
 
-    def __enter__(self) -> Grams:
-        self._handles = [
-            self._model.get_submodule(name.removesuffix(".weight")).register_forward_hook(self._hook(gram))
-            for name, gram in self.grams.items()
-        ]
-        return self.grams
+    def _see(self, moments: InputGram, x: Tensor, output: Tensor) -> None:
+        moments.update(x)
+        if moments.gradients is not None:
+            if not output.requires_grad:  # nothing in front of the first of these matrices has a gradient
+                output.requires_grad_()
+            output.register_hook(moments.update_gradients)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+
+class InputMeans(_Watching[ActivationStats]):
+    """Context in which passes accumulate the means of the inputs of every down_proj and o_proj."""
+
+    def __init__(
+        self, model: nn.Module, family: Family, widths: Sequence[LayerWidths], backend: str = "auto"
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._backend = backend
+        super().__init__(
+            model,
+            {
+                name: ActivationStats.zeros(columns, weight.device)
+                for name, columns, weight in _column_parameters(model, family, widths)
+            },
+        )
 
-    def _hook(self, gram: InputGram) -> Any:
-        def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            gram.update(args[0])
-            if gram.gradients is not None:
-                if not output.requires_grad:  # nothing in front of the first of these matrices has a gradient
-                    output.requires_grad_()
-                output.register_hook(gram.update_gradients)
+    def _see(self, moments: ActivationStats, x: Tensor, output: Tensor) -> None:
+        moments.update(x, backend=self._backend)
 
-        return record
+
+def _column_parameters(
+    model: nn.Module, family: Family, widths: Sequence[LayerWidths]
+) -> Iterator[tuple[str, int, Tensor]]:
+    """Name, columns and weight of every down_proj and o_proj."""
+    parameters = dict(model.named_parameters())
+    for layer, layer_widths in enumerate(widths):
+        for name, columns in column_weights(family, layer, layer_widths, parameters).items():
+            yield name, columns, parameters[name]

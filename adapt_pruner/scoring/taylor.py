@@ -16,7 +16,7 @@ from adapt_pruner.families import Family, LayerWidths
 from adapt_pruner.plan import Indices
 from adapt_pruner.scoring.estimators import TAYLOR_FIRST, Crediting, Estimator, GqaCredit, Subject
 from adapt_pruner.scoring.gradients import Gradients, Importance, fused_importance, uses_fused
-from adapt_pruner.scoring.gram import Grams, InputGram, InputGrams, kept_columns
+from adapt_pruner.scoring.gram import Grams, InputGram, InputGrams, InputMeans, Means, kept_columns
 from adapt_pruner.scoring.layers import LayerImportance, Metric
 
 
@@ -28,13 +28,15 @@ class Scores:
         loss: mean causal-LM loss, nats per label token.
         layer_importance: [layers], not normalised.
         unit_importance: per layer and unit kind, [units] float64 copies of the fp32 scores.
-        grams: second moments at every down_proj and o_proj, where they were asked for.
+        grams, means: second moments at every down_proj and o_proj, and means of their inputs, where they were
+            asked for.
     """
 
     loss: float
     layer_importance: Floats
     unit_importance: tuple[dict[str, Floats], ...]
     grams: Grams | None = None
+    means: Means | None = None
 
     def kept(
         self,
@@ -59,7 +61,7 @@ class Scores:
             for layer, (layer_widths, layer_keep) in enumerate(zip(widths, keep, strict=True)):
                 columns = kept_columns(family, layer, layer_widths, layer_keep, names)
                 grams.update({name: self.grams[name].kept(kept) for name, kept in columns.items()})
-        return replace(self, unit_importance=importance, grams=grams or None)
+        return replace(self, unit_importance=importance, grams=grams or None, means=None)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything in it under a name each, for a file; of grams that were `kept` no bit is lost."""
@@ -124,6 +126,7 @@ def score(
     gqa_credit: GqaCredit = "owner",
     seed: tuple[int, ...] = (0,),
     grams: bool = False,
+    means: bool = False,
     ridge: float = RIDGE,
     earlier: Scores | None = None,
     share: float = 1.0,
@@ -144,7 +147,7 @@ def score(
         estimator: how units are scored.
         gqa_credit: which kv_group a query head counts for; see `Crediting`.
         seed: of random estimators.
-        grams: collect the second moments of inputs, for compensation.
+        grams, means: collect the second moments, or the means, of inputs, for compensation.
         ridge: of the estimators obs and obs_fisher.
         earlier: scores of earlier batches, of the units there are now, to average with: second moments where
             the estimator ranks by them, importance itself elsewhere.
@@ -169,6 +172,7 @@ def score(
     if grams or estimator.grams:
         fisher = estimator.grams and estimator.loss is not None
         collecting = InputGrams(model, family, widths, gradients=fisher)
+    averaging = InputMeans(model, family, widths, backend) if means else None
     scoring = _scoring(
         estimator,
         Subject(
@@ -179,7 +183,7 @@ def score(
             sequences=batch.shape[0],
             one_pass=batch.shape[0] <= micro_batch_size,
             seed=seed,
-            grams=collecting.grams if collecting else {},
+            grams=collecting.seen if collecting else {},
             ridge=ridge,
             backend=backend,
         ),
@@ -194,7 +198,8 @@ def score(
     with (
         _evaluating(model),
         scoring as unit_importance,
-        collecting or contextlib.nullcontext({}) as collected,
+        collecting or contextlib.nullcontext() as collected,
+        averaging or contextlib.nullcontext() as averages,
         LayerImportance(layers, metric, backend) as layer_importance,
         torch.set_grad_enabled(estimator.loss is not None),
     ):
@@ -221,12 +226,13 @@ def score(
             for name, gram in (collected or {}).items():
                 gram.average_with((earlier.grams or {})[name], share)
         unit_scores = _to_host(crediting.add_up(unit_importance()))
-    per_layer = [unit_scores[i : i + len(kinds)] for i in range(0, len(unit_scores), len(kinds))]
+    per_layer = [unit_scores[i * len(kinds) : (i + 1) * len(kinds)] for i in range(len(widths))]
     scores = Scores(
         loss.item(),
         layer_scores,
         tuple(dict(zip(kinds, scores, strict=True)) for scores in per_layer),
         collected,
+        averages,
     )
     if earlier is None:
         return scores
@@ -248,6 +254,8 @@ def _scoring(
 
 def _to_host(scores: Sequence[Tensor]) -> list[Floats]:
     """Float64 copies, by one transfer."""
+    if not scores:
+        return []
     ends = np.cumsum([len(values) for values in scores])
     together: Floats = torch.cat(list(scores)).double().cpu().numpy()
     return np.split(together, ends[:-1])

@@ -134,7 +134,7 @@ def test_a_removed_column_that_others_span_costs_nothing_and_is_made_up_for():
     # The same as a unit of a model: its obs importance is about 0 where the others' is not.
     model = make_model("llama")
     family, widths = find_family("llama"), layer_widths(model.config.to_dict())
-    grams = InputGrams(model, family, widths).grams
+    grams = InputGrams(model, family, widths).seen
     for name, empty in grams.items():
         inputs = torch.randn(300, empty.products.shape[0], generator=generator)
         if "down_proj" in name:
@@ -178,7 +178,7 @@ def test_compensation_is_closer_on_text_it_has_not_seen(collected):
     for context, sequences in zip(grams, (64, 16), strict=True):
         with torch.no_grad(), context:
             model(input_ids=torch.randint(4, 260, (sequences, 16), generator=generator))
-    seen, held_out = (context.grams for context in grams)
+    seen, held_out = (context.seen for context in grams)
     keep = {"channel": np.arange(0, 88, 2), "kv_group": np.array([0, 2, 3])}
     columns = {"mlp": keep["channel"], "self_attn": np.arange(80).reshape(4, 20)[keep["kv_group"]].ravel()}
     for layer, layer_widths_ in enumerate(widths):
@@ -345,8 +345,8 @@ def test_settings_are_checked(tmp_path):
     config = PruneConfig("m", 0.5, str(tmp_path), **SETTINGS)
     with pytest.raises(ValueError, match="ridge is 0, expected finite, above 0"):
         dataclasses.replace(config, ridge=0)
-    with pytest.raises(ValueError, match="compensation is 'bias'"):
-        dataclasses.replace(config, compensation="bias")
+    with pytest.raises(ValueError, match="compensation is 'both'"):
+        dataclasses.replace(config, compensation="both")
     fused = dataclasses.replace(config, estimator="obs", gradients="fused", micro_batch_size=8)
     with pytest.raises(ValueError, match="gradients is 'fused': the estimator obs cannot be scored so"):
         resolve(fused, 2)
