@@ -140,11 +140,11 @@ def score(
                 part.backward()
         layer_scores = layer_importance.result()
         unit_scores = _to_host(crediting.add_up(unit_importance()))
-    per_layer = [unit_scores[i * len(kinds) : (i + 1) * len(kinds)] for i in range(len(widths))]
+    remaining = iter(unit_scores)
     return Scores(
         loss.item(),
         layer_scores,
-        tuple(dict(zip(kinds, scores, strict=True)) for scores in per_layer),
+        tuple({kind: next(remaining) for kind in kinds} for _ in widths),
         collected,
         averages,
     )
