@@ -114,7 +114,7 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         "flap",
-        "fluctuation of inputs; one threshold for the units of all layers; biases make up for their means",
+        "fluctuation of inputs; one threshold for the units of all layers; biases hold the mean of what went",
         "arXiv 2312.11983",
         estimator=FLUCTUATION,
         allocation="threshold",

@@ -183,7 +183,7 @@ def apply_plan(
     config = AutoConfig.from_pretrained(checkpoint.directory)
     keep_config_layers(config, plan.kept_layers)
     config = pruned_config(config, widths)
-    sources = _tensor_sources(plan, checkpoint, family, base)
+    sources = _of_kept_layers(_tensor_sources(plan, checkpoint, family, base), plan, family)
     shards = _plan_shards(sources)
     require_free_space(output, sum(sum(s.num_bytes for s in shard) for shard in shards))
     with atomic_directory(output) as partial:
@@ -194,8 +194,8 @@ def apply_plan(
             name = WEIGHTS_NAME if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             tensors = {}
             for source in shard:
-                tensors[source.name] = source.read()
-                weight_map[source.name] = name
+                tensors[source.saved_as] = source.read()
+                weight_map[source.saved_as] = name
             save_file(tensors, partial / name, metadata={"format": "pt"})
         if len(shards) > 1:
             total = sum(source.num_bytes for shard in shards for source in shard)
@@ -204,23 +204,13 @@ def apply_plan(
 
 
 class _TensorSource:
-    """One tensor of the base checkpoint, what the plan leaves of it, and its name in the pruned model."""
+    """One tensor of the base checkpoint and what the plan leaves of it."""
 
     def __init__(
-        self,
-        base_name: str,
-        name: str,
-        info: TensorInfo,
-        members: Sequence[UnitTensor] = (),
-        keep: Indices | None = None,
+        self, name: str, info: TensorInfo, members: Sequence[UnitTensor] = (), keep: Indices | None = None
     ) -> None:
-        self._base_name, self.name, self.info, self._members, self._keep = (
-            base_name,
-            name,
-            info,
-            members,
-            keep,
-        )
+        self.name, self.info, self._members, self._keep = name, info, members, keep
+        self.saved_as = name
 
     @property
     def num_bytes(self) -> int:
@@ -233,10 +223,10 @@ class _TensorSource:
 
     def read(self) -> Tensor:
         with safe_open(self.info.shard, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self._base_name)
+            tensor: Tensor = file.get_tensor(self.name)
         if self._keep is None:
             return tensor
-        return gather_members({self._base_name: tensor}, self._members, self._keep)[self._base_name]
+        return gather_members({self.name: tensor}, self._members, self._keep)[self.name]
 
 
 def _tensor_sources(
@@ -247,19 +237,25 @@ def _tensor_sources(
         for kind in family.unit_kinds:
             for member in family.unit_tensors(kind, layer, widths, checkpoint.tensors):
                 pruned.setdefault(member.name, ([], keep[kind.name]))[0].append(member)
-    names = dict(zip(checkpoint.tensors, checkpoint.tensors, strict=True))
-    for layer in range(len(base)):
-        prefix = family.layer_prefix.format(layer=layer) + "."
-        for name in [name for name in checkpoint.tensors if name.startswith(prefix)]:
-            if layer in plan.removed_layers:
-                del names[name]
-            else:
-                number = plan.kept_layers.index(layer)
-                names[name] = family.layer_prefix.format(layer=number) + "." + name.removeprefix(prefix)
-    return [
-        _TensorSource(base_name, name, checkpoint.tensors[base_name], *pruned.get(base_name, ()))
-        for base_name, name in names.items()
-    ]
+    return [_TensorSource(name, info, *pruned.get(name, ())) for name, info in checkpoint.tensors.items()]
+
+
+def _of_kept_layers(sources: list[_TensorSource], plan: PruningPlan, family: Family) -> list[_TensorSource]:
+    """The tensors without those of removed layers, saved under the new numbers of their layers."""
+    layers = {family.layer_prefix.format(layer=i): i for i in range(len(plan.keep_indices))}
+    numbers = {layer: number for number, layer in enumerate(plan.kept_layers)}
+    parts = family.layer_prefix.count(".") + 1
+    result = []
+    for source in sources:
+        prefix = ".".join(source.name.split(".")[:parts])
+        layer = layers.get(prefix)
+        if layer in plan.removed_layers:
+            continue
+        if layer is not None:
+            new_prefix = family.layer_prefix.format(layer=numbers[layer])
+            source.saved_as = new_prefix + source.saved_as.removeprefix(prefix)
+        result.append(source)
+    return result
 
 
 def _plan_shards(sources: list[_TensorSource]) -> list[list[_TensorSource]]:

@@ -58,6 +58,10 @@ def keep_config_layers(config: PreTrainedConfig, kept: Sequence[int]) -> None:
             setattr(config, key, [getattr(config, key)[layer] for layer in kept])
     if getattr(config, "max_window_layers", None) is not None:  # Qwen: windows begin with this layer
         config.max_window_layers = sum(layer < config.max_window_layers for layer in kept)
+    if getattr(config, "decoder_sparse_step", None) is not None:  # Qwen: which layers have no experts
+        step, dense = config.decoder_sparse_step, config.mlp_only_layers
+        config.mlp_only_layers = [i for i, layer in enumerate(kept) if layer in dense or (layer + 1) % step]
+        config.decoder_sparse_step = 1
     # Gemma 3: every how many layers attention is full, which no longer holds; layer_types say it.
     config.__dict__.pop("sliding_window_pattern", None)
     config.num_hidden_layers = len(kept)

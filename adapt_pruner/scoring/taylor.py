@@ -226,11 +226,11 @@ def score(
             for name, gram in (collected or {}).items():
                 gram.average_with((earlier.grams or {})[name], share)
         unit_scores = _to_host(crediting.add_up(unit_importance()))
-    per_layer = [unit_scores[i * len(kinds) : (i + 1) * len(kinds)] for i in range(len(widths))]
+    remaining = iter(unit_scores)
     scores = Scores(
         loss.item(),
         layer_scores,
-        tuple(dict(zip(kinds, scores, strict=True)) for scores in per_layer),
+        tuple({kind: next(remaining) for kind in kinds} for _ in widths),
         collected,
         averages,
     )

@@ -243,6 +243,11 @@ def test_configs_keep_what_belongs_to_a_layer():
     keep_config_layers(qwen, [0, 2, 4, 5])
     assert qwen.max_window_layers == 2
     assert qwen.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
+    experts = AutoConfig.for_model(
+        "qwen3_moe", num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3], num_experts=4
+    )  # layers 1 and 5 have experts
+    keep_config_layers(experts, [0, 1, 3, 5])
+    assert (experts.mlp_only_layers, experts.decoder_sparse_step) == ([0, 2], 1)
 
 
 def test_one_kind_of_attention_may_be_left(tmp_path):
