@@ -14,7 +14,16 @@ from adapt_pruner.modeling.registration import register
 
 _WIDTH_KEYS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 # Written anew by whatever config class is chosen.
-_DROPPED_KEYS = ("per_layer_config", "auto_map", "architectures", "model_type", "transformers_version")
+_DROPPED_KEYS = (
+    "per_layer_config",
+    "auto_map",
+    "architectures",
+    "model_type",
+    "transformers_version",
+    "share_embedding",
+    "layer_sharing",
+)
+_SAVED_AS = {"mobilellm": "llama"}  # what transformers has no class for
 
 
 def pruned_config(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> PreTrainedConfig:
@@ -28,7 +37,7 @@ def pruned_config(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> Pr
     values["head_dim"] = widths[0].head_dim
     for key in _WIDTH_KEYS:
         values[key] = max(getattr(layer, key) for layer in widths)
-    stock_type = config.model_type.removeprefix("adapt_")
+    stock_type = _SAVED_AS.get(config.model_type, config.model_type.removeprefix("adapt_"))
     if is_uniform(widths):
         try:
             return _with_architecture(AutoConfig.for_model(stock_type, **values))

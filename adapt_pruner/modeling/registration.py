@@ -16,10 +16,11 @@ _AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 
 
 def register() -> None:
-    """Registers every per-layer-width model with AutoConfig, AutoModel and AutoModelForCausalLM."""
+    """Makes AutoConfig, AutoModel and AutoModelForCausalLM know the per-layer-width models and MobileLLM."""
+    from adapt_pruner.modeling.mobilellm import MobileLLMConfig, MobileLLMForCausalLM, MobileLLMModel
     from adapt_pruner.modeling.modeling_adapt import MODELS
 
-    for config, model, causal_lm in MODELS:
+    for config, model, causal_lm in (*MODELS, (MobileLLMConfig, MobileLLMModel, MobileLLMForCausalLM)):
         _register_classes(config, model, causal_lm)
 
 
