@@ -64,7 +64,7 @@ def compensated_weights(
     prefix = family.layer_prefix.format(layer=layer)
     weights = {f"{prefix}.{n}": p.detach() for n, p in model.get_submodule(prefix).named_parameters()}
     columns = {name: np.arange(n) for name, n in column_weights(family, layer, widths, weights).items()}
-    for kind in family.unit_kinds:
+    for kind in family.kinds_in(widths):
         for tensor in family.unit_tensors(kind, layer, widths, weights):
             if tensor.dim == 1:
                 units = columns[tensor.name].reshape(-1, tensor.group_size)

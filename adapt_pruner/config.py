@@ -31,6 +31,8 @@ class PruneConfig:
         protected_layers: layers that lose nothing, such as 0-3,30,-1 (the last), or none.
         granularity: what attention is pruned by: whole KV groups (kv_group), or as many query heads of each
             remaining KV group of a layer (query_head).
+        mlp_granularity: what layers with a mixture of experts are pruned by: as many channels of each expert
+            of a layer (channel), or whole experts (expert). Other layers lose channels.
         iterations: pruning rounds that would remove everything; each removes 1/iterations on average.
             One-shot methods ignore it.
         amplitude: how far a layer's share of a round may differ from the average.
@@ -69,6 +71,7 @@ class PruneConfig:
     gqa_credit: Literal["owner", "modulo"] | None = None
     protected_layers: str | None = None
     granularity: Literal["kv_group", "query_head"] | None = None
+    mlp_granularity: Literal["channel", "expert"] = "channel"
     iterations: int = 50
     amplitude: float = 0.02
     layer_metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"

@@ -12,6 +12,7 @@ from typing import Any
 from adapt_pruner.allocation import AllocationName
 from adapt_pruner.config import PruneConfig
 from adapt_pruner.scoring.estimators import (
+    ESTIMATORS,
     FLUCTUATION,
     MAGNITUDE_L2,
     RANDOM,
@@ -162,6 +163,36 @@ def resolve(
     if resolved.gradients == "fused" and not estimator.fusible:
         raise ValueError(f"gradients is 'fused': the estimator {estimator.name} cannot be scored so")
     return resolved, estimator
+
+
+def require_experts_supported(config: PruneConfig, estimator: Estimator) -> None:
+    """That these settings can prune a mixture of experts.
+
+    Args:
+        config: resolved.
+    Raises:
+        ValueError: one cannot; the message names it and what can.
+    """
+    problem = None
+    if estimator.reads_inputs:
+        able = [e.name for e in ESTIMATORS if not e.reads_inputs]
+        problem = (
+            f"the estimator {estimator.name} needs the inputs of every down_proj, and those of experts are "
+            f"not collected: expected one of {able}"
+        )
+    elif config.compensation != "none":
+        problem = (
+            f"compensation {config.compensation!r} needs the inputs of every down_proj, and those of experts "
+            "are not collected: expected 'none'"
+        )
+    elif config.gradients == "fused":
+        problem = "gradients 'fused' needs linear layers, and experts are none: expected 'materialised'"
+    elif config.mlp_granularity == "expert" and config.allocation == "reference":
+        problem = "allocation 'reference' counts rows of heads and channels alone: expected another one"
+    elif config.mlp_granularity == "expert" and config.gqa_credit == "modulo":
+        problem = "gqa_credit 'modulo' is for heads and channels alone: expected 'owner'"
+    if problem is not None:
+        raise ValueError(f"the model is a mixture of experts: {problem}")
 
 
 def parse_layers(text: str, num_layers: int) -> frozenset[int]:

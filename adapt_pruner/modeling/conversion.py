@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapt_pruner.families import LayerWidths, is_uniform
+from adapt_pruner.modeling.modeling_adapt import EXPERT_CHANNELS
 from adapt_pruner.modeling.registration import register
 
-_WIDTH_KEYS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 # Written anew by whatever config class is chosen.
 _DROPPED_KEYS = (
     "per_layer_config",
@@ -29,25 +29,44 @@ _SAVED_AS = {"mobilellm": "llama"}  # what transformers has no class for
 def pruned_config(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> PreTrainedConfig:
     """Config of the model with the given widths.
 
-    Layers of equal widths give the stock config class (no custom code to load it), others the
-    `adapt_*` class with `per_layer_config`. Everything else is taken over from `config`.
+    Layers of equal widths give the stock config class (no custom code to load it) where it can run them,
+    others the `adapt_*` class with `per_layer_config`. Everything else is taken over from `config`.
     """
     register()
     values = {k: v for k, v in config.to_dict().items() if k not in _DROPPED_KEYS}
     values["head_dim"] = widths[0].head_dim
-    for key in _WIDTH_KEYS:
-        values[key] = max(getattr(layer, key) for layer in widths)
+    layers = [_layer_values(layer, values) for layer in widths]
+    for layer in layers:
+        for key in layer:
+            values[key] = max(other[key] for other in layers if key in other)
     stock_type = _SAVED_AS.get(config.model_type, config.model_type.removeprefix("adapt_"))
-    if is_uniform(widths):
+    # Stock experts do not run with every number of channels.
+    if is_uniform(widths) and all(
+        layer.intermediate_size % EXPERT_CHANNELS == 0 for layer in widths if layer.num_experts
+    ):
         try:
             return _with_architecture(AutoConfig.for_model(stock_type, **values))
         except StrictDataclassError:
             # Stock Llama insists on hidden_size being a multiple of the heads; the adapt class does not.
             pass
-    values["per_layer_config"] = {
-        i: {key: getattr(layer, key) for key in _WIDTH_KEYS} for i, layer in enumerate(widths)
-    }
+    values["per_layer_config"] = dict(enumerate(layers))
     return _with_architecture(AutoConfig.for_model(f"adapt_{stock_type}", **values))
+
+
+def _layer_values(widths: LayerWidths, config: Mapping[str, Any]) -> dict[str, int]:
+    """The widths of a layer under the names that this config has for them."""
+    values = {
+        "num_attention_heads": widths.num_attention_heads,
+        "num_key_value_heads": widths.num_key_value_heads,
+    }
+    if not widths.num_experts:
+        return values | {"intermediate_size": widths.intermediate_size}
+    channels = "moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"
+    return values | {
+        channels: widths.intermediate_size,
+        "num_local_experts": widths.num_experts,
+        "num_experts_per_tok": widths.experts_per_token,
+    }
 
 
 def _with_architecture(config: PreTrainedConfig) -> PreTrainedConfig:

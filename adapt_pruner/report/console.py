@@ -132,12 +132,25 @@ def show_inspected(console: Console, after: ModelSummary, before: ModelSummary |
         now = getattr(after.layers[i].widths, key)
         return f"{getattr(before.layers[i].widths, key)} → {now}" if before else str(now)
 
-    table = Table("layer", "heads", "KV", "channels", "parameters", "kept", "MFLOPs", "KV bytes")
+    # Channels are those of each expert where there are experts.
+    experts = any(layer.widths.num_experts for layer in (before or after).layers)
+    table = Table(
+        "layer",
+        "heads",
+        "KV",
+        *(["experts"] * experts),
+        "channels",
+        "parameters",
+        "kept",
+        "MFLOPs",
+        "KV bytes",
+    )
     for i in range(len(after.layers)):
         table.add_row(
             str(i),
             cell(i, "num_attention_heads"),
             cell(i, "num_key_value_heads"),
+            *([cell(i, "num_experts")] * experts),
             cell(i, "intermediate_size"),
             f"{after.layers[i].parameters:,}",
             f"{after.layers[i].parameters / before.layers[i].parameters:.0%}" if before else "",

@@ -88,7 +88,7 @@ def column_weights(
     """Weights of a layer that lose columns when units go, by name: columns now."""
     return {
         tensor.name: kind.count(widths) * tensor.group_size
-        for kind in family.unit_kinds
+        for kind in family.kinds_in(widths)
         for tensor in family.unit_tensors(kind, layer, widths, available)
         if tensor.dim == 1
     }

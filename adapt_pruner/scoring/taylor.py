@@ -75,12 +75,12 @@ def score(
     Source: arXiv 2502.03460 section 3.2; algorithm.md sections 2 and 3.
     """
     parameters = dict(model.named_parameters())
-    kinds = [kind.name for kind in family.unit_kinds]
+    kinds = [family.kinds_in(layer_widths) for layer_widths in widths]
     crediting = Crediting.plan(
         [
             (layer_widths, family.unit_tensors(kind, layer, layer_widths, parameters))
             for layer, layer_widths in enumerate(widths)
-            for kind in family.unit_kinds
+            for kind in kinds[layer]
         ],
         credit=gqa_credit,
         biases=estimator.biases,
@@ -108,6 +108,8 @@ def score(
     assert isinstance(layers, nn.ModuleList)
     num_labels = batch.shape[0] * (batch.shape[1] - 1)
     loss = torch.zeros((), dtype=torch.float64)
+    # The loss is that of the labels alone: what balances the load of experts is not part of it.
+    plain = {"output_router_logits": False} if any(layer.num_experts for layer in widths) else {}
     with (
         _evaluating(model),
         scoring as unit_importance,
@@ -124,6 +126,7 @@ def score(
                 labels=sequences,
                 num_items_in_batch=round(num_labels * share),
                 use_cache=False,
+                **plain,
             ).loss
             loss += share * part.detach().double().cpu()
             if not torch.isfinite(loss):
@@ -135,11 +138,11 @@ def score(
                 part.backward()
         layer_scores = layer_importance.result()
         unit_scores = _to_host(crediting.add_up(unit_importance()))
-    per_layer = [unit_scores[i : i + len(kinds)] for i in range(0, len(unit_scores), len(kinds))]
+    remaining = iter(unit_scores)
     return Scores(
         loss.item(),
         layer_scores,
-        tuple(dict(zip(kinds, scores, strict=True)) for scores in per_layer),
+        tuple({kind.name: next(remaining) for kind in layer_kinds} for layer_kinds in kinds),
         collected,
     )
 
