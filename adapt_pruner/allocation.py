@@ -135,7 +135,7 @@ def allocate(
 
     A step that would reach the target is scaled down until it just does not, and the rest goes channel by
     channel, least importance per parameter first. The result then has at most `target` parameters and less
-    than one channel's parameters below it; only where a group had to go that is bigger than all channels
+    than one channel's parameters below it; only where another unit had to go that is bigger than all channels
     left together it may be further below.
 
     Args:
@@ -278,27 +278,32 @@ def _trade(
 ) -> Counts:
     """Removes single channels, least importance per parameter first, until the budget is met.
 
-    kv_groups go only if the channels cannot carry what is left.
+    Other units go only if the channels cannot carry what is left.
     """
     counts = tuple(dict(layer) for layer in counts)
-    free = [i for i in range(len(counts)) if i not in budget.protected]
+    unprotected = [i for i in range(len(counts)) if i not in budget.protected]
+    free = [i for i in unprotected if FINE_UNIT in counts[i]]
     ascending = [{kind: np.sort(scores) for kind, scores in layer.items()} for layer in unit_importance]
 
     def next_price(layer: int, kind: str) -> float:
         removed = len(ascending[layer][kind]) - counts[layer][kind]
         return float(ascending[layer][kind][removed]) / budget.cost[layer][kind]
 
-    def removable(kind: str) -> list[int]:
-        return [i for i in free if counts[i][kind] > 1]
+    def removable() -> list[tuple[int, str]]:
+        return [
+            (i, kind)
+            for i in unprotected
+            for kind, count in counts[i].items()
+            if kind != FINE_UNIT and count > 1
+        ]
 
-    coarse = [kind for kind in counts[0] if kind != FINE_UNIT]
     while budget.parameters(counts) - target > sum(
         (counts[i][FINE_UNIT] - 1) * budget.cost[i][FINE_UNIT] for i in free
     ):
-        _, layer, kind = min((next_price(i, kind), i, kind) for kind in coarse for i in removable(kind))
+        _, layer, kind = min((next_price(i, kind), i, kind) for i, kind in removable())
         counts[layer][kind] -= 1
 
-    prices, owners = [], []
+    prices, owners = [np.empty(0)], [np.empty(0, int)]
     for i in free:
         scores = ascending[i][FINE_UNIT]
         removed = len(scores) - counts[i][FINE_UNIT]
