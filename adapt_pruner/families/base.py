@@ -166,7 +166,8 @@ class Family:
     Tensor names are the same in a live module and in a checkpoint on disk but for members that are `stored`
     under others. `config_widths` says that the stock forward pass reads widths from the config of its modules
     and not from the shapes of their tensors. `expert_kind` are whole experts, which can be the units instead
-    of their channels. `models` names well-known ones for people to read.
+    of their channels. `models` names well-known ones for people to read, and `source` where they are
+    described.
     """
 
     name: str
@@ -178,6 +179,7 @@ class Family:
     config_widths: bool = False
     expert_kind: UnitKind | None = None
     models: str = ""
+    source: str = ""
 
     def with_granularity(
         self, granularity: Granularity, mlp_granularity: MlpGranularity = "channel"

@@ -17,4 +17,5 @@ MIXTRAL = Family(
     unit_kinds=(attention_kv_group(), expert_channel(**_EXPERT)),
     expert_kind=whole_expert(**_EXPERT, router="block_sparse_moe.gate.weight"),
     models="Mixtral 8x7B and 8x22B",
+    source="arXiv 2401.04088",
 )

