@@ -414,6 +414,11 @@ def unit_costs(
                 units = kind.count(layer) // (1 if tensor.expert is None else layer.num_experts)
                 owned = units * tensor.group_size
                 expected = tensor.segment.total if tensor.segment else owned
+                if len(shapes[tensor.name]) == 3 and shapes[tensor.name][0] != layer.num_experts:
+                    raise ValueError(
+                        f"{tensor.name} has shape {tuple(shapes[tensor.name])}, the config asks for "
+                        f"{layer.num_experts} experts"
+                    )
                 if shape[tensor.dim] != expected:
                     raise ValueError(
                         f"{tensor.name} has shape {tuple(shapes[tensor.name])}, the config asks for "

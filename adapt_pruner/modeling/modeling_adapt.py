@@ -227,7 +227,7 @@ def choose_experts_function(layer: Any) -> None:
     experts = getattr(layer.mlp, "experts", None)
     if experts is None:
         return
-    config = LayerConfigView(experts.config)._config
+    config = experts.config._config if isinstance(experts.config, LayerConfigView) else experts.config
     if experts.intermediate_dim % EXPERT_CHANNELS:
         config = LayerConfigView(config, _experts_implementation="any_width")
     experts.config = config

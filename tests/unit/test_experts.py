@@ -160,6 +160,12 @@ def test_a_missing_or_misshapen_expert_is_named(family, tiny_models):
     del stored[name]
     with pytest.raises(ValueError, match=f"tensor {name} is missing"):
         unit_costs(find_family(family), widths, stored)
+    shapes = {name: tuple(p.shape) for name, p in make_model(family).named_parameters()}
+    shapes["model.layers.1.mlp.experts.down_proj"] = (9, *shapes["model.layers.1.mlp.experts.down_proj"][1:])
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.experts\.down_proj has shape .* asks for . experts"
+    ):
+        unit_costs(find_family(family), widths, shapes)
 
 
 # Importance
