@@ -173,23 +173,24 @@ def require_experts_supported(config: PruneConfig, estimator: Estimator) -> None
     Raises:
         ValueError: one cannot; the message names it and what can.
     """
+    whole = config.mlp_granularity == "expert"
     problem = None
-    if estimator.reads_inputs:
-        able = [e.name for e in ESTIMATORS if not e.reads_inputs]
-        problem = (
-            f"the estimator {estimator.name} needs the inputs of every down_proj, and those of experts are "
-            f"not collected: expected one of {able}"
-        )
+    if estimator.grams or (whole and estimator.of_columns):
+        what = "columns of output-side matrices, which whole experts have none of"
+        if estimator.grams:
+            what = "second moments of inputs, which are not collected for experts"
+        able = [e.name for e in ESTIMATORS if not (e.grams or (whole and e.of_columns))]
+        problem = f"the estimator {estimator.name} needs the {what}: expected one of {able}"
     elif config.compensation != "none":
         problem = (
-            f"compensation {config.compensation!r} needs the inputs of every down_proj, and those of experts "
-            "are not collected: expected 'none'"
+            f"compensation {config.compensation!r} needs the inputs of every down_proj, which are not "
+            "collected for experts: expected 'none'"
         )
     elif config.gradients == "fused":
         problem = "gradients 'fused' needs linear layers, and experts are none: expected 'materialised'"
-    elif config.mlp_granularity == "expert" and config.allocation == "reference":
+    elif whole and config.allocation == "reference":
         problem = "allocation 'reference' counts rows of heads and channels alone: expected another one"
-    elif config.mlp_granularity == "expert" and config.gqa_credit == "modulo":
+    elif whole and config.gqa_credit == "modulo":
         problem = "gqa_credit 'modulo' is for heads and channels alone: expected 'owner'"
     if problem is not None:
         raise ValueError(f"the model is a mixture of experts: {problem}")

@@ -220,8 +220,8 @@ def apply_plan(
             name = WEIGHTS_NAME if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             tensors = {}
             for source in shard:
-                tensors[source.saved_as] = source.read()
-                weight_map[source.saved_as] = name
+                tensors[source.name] = source.read()
+                weight_map[source.name] = name
             save_file(tensors, partial / name, metadata={"format": "pt"})
         if len(shards) > 1:
             total = sum(source.num_bytes for shard in shards for source in shard)
@@ -230,13 +230,18 @@ def apply_plan(
 
 
 class _TensorSource:
-    """One tensor of the base checkpoint and what the plan leaves of it."""
+    """One tensor of the base checkpoint, what the plan leaves of it, and its name in the pruned model."""
 
     def __init__(
-        self, name: str, info: TensorInfo, members: Sequence[UnitTensor] = (), keep: Indices | None = None
+        self,
+        base_name: str,
+        name: str,
+        info: TensorInfo,
+        members: Sequence[UnitTensor] = (),
+        keep: Indices | None = None,
     ) -> None:
-        self.name, self.info, self._members, self._keep = name, info, members, keep
-        self.saved_as = name
+        self._base_name, self.name, self.info = base_name, name, info
+        self._members, self._keep = members, keep
 
     @property
     def num_bytes(self) -> int:
@@ -251,44 +256,42 @@ class _TensorSource:
 
     def read(self) -> Tensor:
         with safe_open(self.info.shard, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self.name)
+            tensor: Tensor = file.get_tensor(self._base_name)
         if self._keep is None:
             return tensor
-        return gather_members({self.name: tensor}, self._members, self._keep)[self.name]
+        return gather_members({self._base_name: tensor}, self._members, self._keep)[self._base_name]
 
 
 def _tensor_sources(
     plan: PruningPlan, checkpoint: Checkpoint, family: Family, base: tuple[LayerWidths, ...]
 ) -> list[_TensorSource]:
     pruned: dict[str, tuple[list[UnitTensor], Indices]] = {}
-    new_names: dict[str, str | None] = {}  # of the tensors of whole experts; None for those that go
+    names = {name: name for name in checkpoint.tensors}
     for layer, (widths, keep) in enumerate(zip(base, plan.keep_indices, strict=True)):
         for kind in family.kinds_in(widths):
             members = family.unit_tensors(kind, layer, widths, checkpoint.tensors)
             if kind.name == "expert":
-                new_names |= _renumbered(members, keep[kind.name])
+                _renumber_experts(names, members, keep[kind.name])
+                members = tuple(member for member in members if member.expert is None)
             for member in members:
-                if member.name not in new_names:
-                    pruned.setdefault(member.name, ([], keep[kind.name]))[0].append(member)
-    sources = []
-    for name, info in checkpoint.tensors.items():
-        source = _TensorSource(name, info, *pruned.get(name, ()))
-        new_name = new_names.get(name, name)
-        if new_name is not None:
-            source.saved_as = new_name
-            sources.append(source)
-    return sources
+                pruned.setdefault(member.name, ([], keep[kind.name]))[0].append(member)
+    return [
+        _TensorSource(base_name, name, checkpoint.tensors[base_name], *pruned.get(base_name, ()))
+        for base_name, name in names.items()
+    ]
 
 
-def _renumbered(members: Sequence[UnitTensor], keep: Indices) -> dict[str, str | None]:
-    """What becomes of the tensors that belong to one expert each: their names once `keep` alone is left."""
+def _renumber_experts(names: dict[str, str], members: Sequence[UnitTensor], keep: Indices) -> None:
+    """Takes the tensors of whole experts out of `names` that go, and gives the others their new names."""
     parts = by_expert(members)
-    names = {expert: [tensor.name for tensor in part] for expert, part in parts.items() if expert is not None}
-    result: dict[str, str | None] = {name: None for of_expert in names.values() for name in of_expert}
-    if names:
+    parts.pop(None, None)  # tensors that all experts share
+    for part in parts.values():
+        for tensor in part:
+            del names[tensor.name]
+    if parts:
         for number, expert in enumerate(keep.tolist()):
-            result |= dict(zip(names[expert], names[number], strict=True))
-    return result
+            for old, new in zip(parts[expert], parts[number], strict=True):
+                names[old.name] = new.name
 
 
 def _plan_shards(sources: list[_TensorSource]) -> list[list[_TensorSource]]:

@@ -79,7 +79,7 @@ class Estimator:
         fusible: whether the gradients of weights need not exist (`--gradients fused`).
         biases: whether biases count.
         grams: whether it needs the second moments of inputs.
-        reads_inputs: whether it looks at the inputs of output-side matrices (`down_proj`, `o_proj`).
+        of_columns: whether it scores the columns of output-side matrices (`down_proj`, `o_proj`) alone.
         summary: the quantity, in a line.
         source: where it is described.
     """
@@ -92,7 +92,7 @@ class Estimator:
     fusible: bool = False
     biases: bool = True
     grams: bool = False
-    reads_inputs: bool = False
+    of_columns: bool = False
 
 
 def weights_alone(score: Callable[[Subject], list[Tensor]]) -> Observe:
@@ -168,7 +168,8 @@ def _fluctuation(subject: Subject) -> contextlib.AbstractContextManager[Importan
         subject.parameters,
         subject.sets,
         lambda weight, stats, head_dim: (
-            standardised(weight("magnitude_l2").double() * stats.variance) / head_dim
+            # An expert that fewer than two tokens go through has no variance: its columns are all alike.
+            standardised(weight("magnitude_l2").double() * stats.variance.nan_to_num(nan=0.0)) / head_dim
         ),
         subject.head_dims,
         subject.backend,
@@ -222,14 +223,14 @@ WANDA = Estimator(
     _wanda,
     "sum over output columns of |w| * norm of their input",
     "arXiv 2306.11695 section 3, structured as in arXiv 2312.11983",
-    reads_inputs=True,
+    of_columns=True,
 )
 FLUCTUATION = Estimator(
     "fluctuation",
     _fluctuation,
     "sum of w^2 * variance of the input of output columns, standardised per layer and kind",
     _FLAP,
-    reads_inputs=True,
+    of_columns=True,
 )
 OBS = Estimator(
     "obs",
@@ -242,7 +243,6 @@ OBS = Estimator(
     "squared error that removing the unit leaves in the outputs after the best linear compensation",
     "optimal brain surgeon (Hassibi and Stork 1993) for whole columns",
     grams=True,
-    reads_inputs=True,
 )
 RANDOM = Estimator("random", weights_alone(_random), "uniform random numbers", "baseline of arXiv 2305.11627")
 

@@ -245,6 +245,51 @@ def test_other_estimators_score_every_unit(estimator):
             np.testing.assert_allclose(scores[0][mlp], expected.numpy(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("estimator", ["wanda", "fluctuation"])
+def test_inputs_of_an_expert_are_those_of_its_tokens(estimator):
+    model, seen = make_model("qwen3_moe"), []
+    scores = score(
+        model,
+        find_family("qwen3_moe"),
+        widths_of(model),
+        IDS,
+        micro_batch_size=1,
+        estimator=find_estimator(estimator),
+    ).unit_importance
+    experts = model.model.layers[1].mlp.experts
+    experts.register_forward_pre_hook(lambda module, args: seen.append(args))
+    model(IDS)
+    (hidden, chosen, _), expected = seen[0], []
+    for expert in range(6):
+        rows = hidden[[expert in choice for choice in chosen.tolist()]].double()
+        gate, up = (rows @ experts.gate_up_proj[expert].double().T).chunk(2, -1)
+        inputs, down = functional.silu(gate) * up, experts.down_proj[expert].double()
+        if estimator == "wanda":
+            expected.append(down.abs().sum(0) * inputs.norm(dim=0))
+        elif len(rows) > 1:
+            values = down.square().sum(0) * inputs.var(0)
+            expected.append((values - values.mean()) / values.std())
+        else:
+            expected.append(torch.zeros(16))
+    np.testing.assert_allclose(
+        scores[1]["channel"], torch.cat(expected).detach().numpy(), rtol=1e-3, atol=1e-4
+    )
+    model.model.layers[1].mlp.gate.register_forward_hook(
+        lambda module, args, output: (output[0], output[1], torch.zeros_like(output[2]))
+    )  # all tokens to one expert
+    alone = score(
+        model,
+        find_family("qwen3_moe"),
+        widths_of(model),
+        IDS,
+        micro_batch_size=1,
+        estimator=find_estimator(estimator),
+    ).unit_importance[1]["channel"]
+    assert not alone[16:].any()
+    assert np.isfinite(alone).all()
+    assert alone[:16].any()
+
+
 def test_the_load_of_experts_is_not_part_of_the_loss():
     model = make_model("mixtral")
     plain = score(model, find_family("mixtral"), widths_of(model), IDS, micro_batch_size=2)
@@ -441,6 +486,14 @@ def test_equal_layers_are_saved_as_the_stock_model_if_it_can_run_them(channels, 
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
+def test_methods_that_look_at_inputs(settings, tmp_path):
+    for method in ("wanda-sp", "flap"):
+        result = prune(
+            settings("qwen3_moe", method=method, compensation="none", output=str(tmp_path / method))
+        )
+        assert AutoModelForCausalLM.from_pretrained(result.model_directory)(IDS).logits.isfinite().all()
+
+
 def test_query_heads_and_experts_together(settings):
     result = prune(settings("mixtral", "expert", granularity="query_head"))
     assert set(result.plan.keep_indices[0]) == {"query_head", "expert"}
@@ -473,9 +526,15 @@ def test_a_plan_fits_a_checkpoint_with_fused_experts_too(mlp, tiny_models, tmp_p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"estimator": "wanda"}, "estimator wanda needs the inputs of every down_proj.*'taylor_first'"),
-        ({"method": "flap"}, "estimator fluctuation needs"),
-        ({"estimator": "obs"}, "estimator obs needs"),
+        ({"estimator": "obs"}, "estimator obs needs the second moments .* 'wanda', 'fluctuation', 'random'"),
+        (
+            {"estimator": "wanda", "mlp_granularity": "expert"},
+            r"estimator wanda needs the columns .* 'magnitude_l2', 'random'\]",
+        ),
+        (
+            {"estimator": "fluctuation", "mlp_granularity": "expert"},
+            "estimator fluctuation needs the columns",
+        ),
         ({"compensation": "least_squares"}, "compensation 'least_squares' needs .* expected 'none'"),
         ({"gradients": "fused"}, "gradients 'fused' needs linear layers"),
         ({"mlp_granularity": "expert", "allocation": "reference"}, "allocation 'reference' counts rows"),
