@@ -243,7 +243,9 @@ def _methods(arguments: Namespace) -> Shown:
 def _families(arguments: Namespace) -> Shown:
     from adapt_pruner.families import FAMILIES
 
-    result = {f.name: {"model_types": list(f.model_types), "models": f.models} for f in FAMILIES}
+    result = {
+        f.name: {"model_types": list(f.model_types), "models": f.models, "source": f.source} for f in FAMILIES
+    }
     return result, lambda console: show.show_families(console, result)
 
 

@@ -32,9 +32,11 @@ class PruneConfig:
         granularity: what attention is pruned by: whole KV groups (kv_group), or as many query heads of each
             remaining KV group of a layer (query_head); or "layer": the least important decoder layers go as a
             whole, and the others stay as they are.
+        mlp_granularity: what layers with a mixture of experts are pruned by: as many channels of each expert
+            of a layer (channel), or whole experts (expert). Other layers lose channels.
         attention_rate: the multiple of a layer's sparsity that its attention units lose, 0 for none. The
             allocations global and threshold divide the price of a unit by it.
-        mlp_rate: the same for the channels.
+        mlp_rate: the same for channels and experts.
         iterations: pruning rounds that would remove everything; each removes 1/iterations on average. 50 in
             adapt-pruner; one-shot methods ignore it.
         amplitude: how far a layer's share of a round may differ from the average.
@@ -76,6 +78,7 @@ class PruneConfig:
     gqa_credit: Literal["owner", "modulo"] | None = None
     protected_layers: str | None = None
     granularity: Literal["kv_group", "query_head", "layer"] | None = None
+    mlp_granularity: Literal["channel", "expert"] = "channel"
     attention_rate: float | None = None
     mlp_rate: float | None = None
     iterations: int | None = None

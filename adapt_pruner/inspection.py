@@ -46,7 +46,12 @@ class ModelSummary:
     removed_layers: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        result = asdict(self)
+        for layer in result["layers"]:
+            if not layer["widths"]["num_experts"]:
+                for key in ("num_experts", "experts_per_token", "hidden_size"):
+                    del layer["widths"][key]
+        return result
 
 
 def summarize(model: str | Path, *, context: int = 1024) -> ModelSummary:
@@ -74,7 +79,15 @@ def summarize(model: str | Path, *, context: int = 1024) -> ModelSummary:
     for i, layer in enumerate(widths):
         prefix = family.layer_prefix.format(layer=i) + "."
         weights = {n: t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
-        matrices = sum(t.numel for t in weights.values() if len(t.shape) == 2)
+        matrices = sum(t.numel for t in weights.values() if len(t.shape) > 1)
+        experts = sum(
+            weights[name].numel
+            for kind in family.kinds_in(layer)
+            if kind.layers == "sparse"
+            for name in {tensor.name for tensor in family.unit_tensors(kind, i, layer, weights)}
+        )
+        if experts:  # a token goes through some of them alone
+            matrices -= experts // layer.num_experts * (layer.num_experts - layer.experts_per_token)
         attention = 4 * layer.num_attention_heads * layer.head_dim * min(context, windows[i])
         layers.append(
             LayerSummary(

@@ -13,6 +13,7 @@ from adapt_pruner.allocation import AllocationName
 from adapt_pruner.config import PruneConfig
 from adapt_pruner.families import Granularity
 from adapt_pruner.scoring.estimators import (
+    ESTIMATORS,
     FLUCTUATION,
     MAGNITUDE_L2,
     OBS_FISHER,
@@ -254,6 +255,37 @@ def _of_method(config: PruneConfig, method: Method) -> PruneConfig:
             logger.info("%s prunes in one shot: iterations %d is ignored", method.name, config.iterations)
         config = dataclasses.replace(config, iterations=1)
     return dataclasses.replace(config, method=method.name)
+
+
+def require_experts_supported(config: PruneConfig, estimator: Estimator) -> None:
+    """That these settings can prune a mixture of experts.
+
+    Args:
+        config: resolved.
+    Raises:
+        ValueError: one cannot; the message names it and what can.
+    """
+    whole = config.mlp_granularity == "expert"
+    problem = None
+    if estimator.grams or (whole and estimator.of_columns):
+        what = "columns of output-side matrices, which whole experts have none of"
+        if estimator.grams:
+            what = "second moments of inputs, which are not collected for experts"
+        able = [e.name for e in ESTIMATORS if not (e.grams or (whole and e.of_columns))]
+        problem = f"the estimator {estimator.name} needs the {what}: expected one of {able}"
+    elif config.compensation != "none":
+        problem = (
+            f"compensation {config.compensation!r} needs the inputs of every down_proj, which are not "
+            "collected for experts: expected 'none'"
+        )
+    elif config.gradients == "fused":
+        problem = "gradients 'fused' needs linear layers, and experts are none: expected 'materialised'"
+    elif whole and config.allocation == "reference":
+        problem = "allocation 'reference' counts rows of heads and channels alone: expected another one"
+    elif whole and config.gqa_credit == "modulo":
+        problem = "gqa_credit 'modulo' is for heads and channels alone: expected 'owner'"
+    if problem is not None:
+        raise ValueError(f"the model is a mixture of experts: {problem}")
 
 
 def parse_layers(text: str, num_layers: int) -> frozenset[int]:

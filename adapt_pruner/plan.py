@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adapt_pruner.checkpoint import write_text
-from adapt_pruner.families import Family, Granularity, LayerWidths
+from adapt_pruner.families import Family, Granularity, LayerWidths, MlpGranularity
 
 FORMAT_VERSION = 1
 Indices = npt.NDArray[np.int64]
@@ -81,6 +81,11 @@ class PruningPlan:
         return "query_head" if "query_head" in self.initial_units[0] else "kv_group"
 
     @property
+    def mlp_granularity(self) -> MlpGranularity:
+        """What layers with experts were pruned by."""
+        return "expert" if any("expert" in layer for layer in self.initial_units) else "channel"
+
+    @property
     def kept_layers(self) -> list[int]:
         """Numbers of the layers that stay, ascending."""
         return [i for i in range(len(self.initial_units)) if i not in self.removed_layers]
@@ -106,10 +111,10 @@ class PruningPlan:
             zip(base, self.initial_units, self.keep_indices, strict=True)
         ):
             pruned = widths
-            kinds = sorted(kind.name for kind in family.unit_kinds)
+            kinds = sorted(kind.name for kind in family.kinds_in(widths))
             if sorted(initial) != kinds:
                 raise ValueError(f"layer {layer}: the plan is for units {sorted(initial)}, expected {kinds}")
-            for kind in family.unit_kinds:
+            for kind in family.kinds_in(widths):
                 if kind.count(widths) != initial[kind.name]:
                     raise ValueError(
                         f"layer {layer}: the model has {kind.count(widths)} units of {kind.name}, "
@@ -119,8 +124,8 @@ class PruningPlan:
                 kept = np.bincount(keep[kind.name] * lanes // kind.count(widths), minlength=lanes)
                 if np.any(kept != kept[0]):
                     raise ValueError(
-                        f"layer {layer}: the plan keeps {kept.tolist()} units of {kind.name} per KV group, "
-                        "expected equally many of each"
+                        f"layer {layer}: the plan keeps {kept.tolist()} units of {kind.name} per "
+                        f"{'expert' if kind.name == 'channel' else 'KV group'}, expected equally many of each"
                     )
                 pruned = kind.resized(pruned, len(keep[kind.name]))
             result.append(pruned)

@@ -51,7 +51,7 @@ from adapt_pruner.families import (
     unit_counts,
 )
 from adapt_pruner.layer_removal import layer_parameters, removable_parameters, remove_layers
-from adapt_pruner.methods import Method, find_method, parse_layers, resolve
+from adapt_pruner.methods import Method, find_method, parse_layers, require_experts_supported, resolve
 from adapt_pruner.plan import Indices, PruningPlan
 from adapt_pruner.report.plots import plot_run
 from adapt_pruner.run import RunDirectory
@@ -115,9 +115,12 @@ def prune(
 
         return prune_dimensions(config, method, checkpoint, on_iteration)
     family = find_family(checkpoint.config.get("model_type"))
-    config, estimator = resolve(config, len(layer_widths(checkpoint.config)), method)
+    widths = layer_widths(checkpoint.config)
+    config, estimator = resolve(config, len(widths), method)
     granularity = config.granularity or "kv_group"
-    family = family.with_granularity(granularity)
+    family = family.with_granularity(granularity, config.mlp_granularity)
+    if estimator is not None and any(layer.num_experts for layer in widths):
+        require_experts_supported(config, estimator)
     budget, embeddings = _header_budget(checkpoint, family)
     budget = _restricted(config, budget)
     added = _added_parameters(config, checkpoint, family)
@@ -139,6 +142,7 @@ def prune(
         dtype=config.dtype,
         backend=config.backend,
         granularity=granularity,
+        mlp_granularity=config.mlp_granularity,
         output_biases=config.compensation == "bias" and target < checkpoint.num_parameters,
     )
     run = RunDirectory.open(output, config, resume=config.resume)
@@ -384,7 +388,7 @@ def _iterate(
     )
     clock.append(time.perf_counter())
     layer_importance = normalize_importance(scores.layer_importance, config.normalize)
-    lanes = [{kind.name: kind.lanes(w) for kind in engine.family.unit_kinds} for w in engine.widths]
+    lanes = [{kind.name: kind.lanes(w) for kind in engine.family.kinds_in(w)} for w in engine.widths]
     bundled = tuple(
         {kind: bundle_importance(values, layer_lanes[kind]) for kind, values in layer.items()}
         for layer, layer_lanes in zip(scores.unit_importance, lanes, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,15 @@ from adapt_pruner.checkpoint import (
     require_free_space,
     write_json,
 )
-from adapt_pruner.families import Family, LayerWidths, Segment, UnitTensor, find_family, layer_widths
+from adapt_pruner.families import (
+    Family,
+    LayerWidths,
+    Segment,
+    UnitTensor,
+    by_expert,
+    find_family,
+    layer_widths,
+)
 from adapt_pruner.plan import Indices, PruningPlan
 
 MAX_SHARD_BYTES = 4 * 2**30
@@ -55,7 +64,7 @@ def prune_layer(
     pruned = widths
     prefix = family.layer_prefix.format(layer=layer)
     parameters = {f"{prefix}.{name}": p for name, p in model.get_submodule(prefix).named_parameters()}
-    for kind in family.unit_kinds:
+    for kind in family.kinds_in(widths):
         indices = keep[kind.name]
         if len(indices) == kind.count(widths):
             continue
@@ -102,6 +111,37 @@ def gather_members(
         tensors: those that the members name.
         keep: sorted int64 indices among the units there are now.
     """
+    matrices: dict[str, list[Tensor]] = {}
+    for part in by_expert(members).values():
+        kept = _within_expert(part[0], tensors[part[0].name].shape, keep)
+        for name, matrix in _gather_matrices(tensors, part, kept, backend).items():
+            matrices.setdefault(name, []).append(matrix)
+    results = {}
+    for member in members:
+        name, shape = member.name, tensors[member.name].shape
+        if len(shape) < 3:
+            results[name] = matrices[name][0]
+        elif member.expert is None:
+            results[name] = matrices[name][0].unflatten(0, (-1, shape[1]))
+        elif name not in results:
+            results[name] = torch.stack(matrices[name])
+    return results
+
+
+def _within_expert(member: UnitTensor, shape: Sequence[int], keep: Indices) -> Indices:
+    """The kept units that lie in this member, numbered as in it."""
+    if member.expert is None:
+        return keep
+    rows = member.matrix_shape(shape)[member.dim] if member.segment is None else member.segment.length
+    units = rows // member.group_size
+    numbers: Indices = keep - member.expert * units
+    return numbers[(numbers >= 0) & (numbers < units)]
+
+
+def _gather_matrices(
+    tensors: Mapping[str, Tensor], members: Sequence[UnitTensor], keep: Indices, backend: str
+) -> dict[str, Tensor]:
+    """The kept units of members that share their units, all of them or those of one expert."""
     gathered = kernels.gather_units(
         [m.view(tensors[m.name]) for m in members],
         [m.dim for m in members],
@@ -118,21 +158,25 @@ def gather_members(
             parts.setdefault(member.name, []).append((member.segment, member.dim, value))
     for name, values in parts.items():
         dim, end, pieces = values[0][1], 0, []
+        whole = replace(members[0], segment=None).view(tensors[name])
         for segment, _, value in sorted(values, key=lambda part: part[0].start):
-            pieces += [tensors[name].narrow(dim, end, segment.start - end), value]
+            pieces += [whole.narrow(dim, end, segment.start - end), value]
             end = segment.start + segment.length
-        pieces.append(tensors[name].narrow(dim, end, tensors[name].shape[dim] - end))
+        pieces.append(whole.narrow(dim, end, whole.shape[dim] - end))
         results[name] = torch.cat(pieces, dim)
     return results
 
 
 def _tell_modules(layer: nn.Module, widths: LayerWidths, *, config: bool) -> None:
     """Updates what stock modules remember of the widths and read in their forward pass."""
-    from adapt_pruner.modeling.modeling_adapt import LayerConfigView
+    from adapt_pruner.modeling.modeling_adapt import LayerConfigView, choose_experts_function
 
     heads, kv_heads = widths.num_attention_heads, widths.num_key_value_heads
     names = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
     remembered = {**names, "num_heads": heads, "num_key_value_groups": heads // kv_heads}
+    if widths.num_experts:
+        remembered["num_experts"], remembered["top_k"] = widths.num_experts, widths.experts_per_token
+        remembered["intermediate_dim"] = widths.intermediate_size  # of experts alone
     module: Any
     for module in layer.modules():
         for name, value in remembered.items():
@@ -140,6 +184,8 @@ def _tell_modules(layer: nn.Module, widths: LayerWidths, *, config: bool) -> Non
                 setattr(module, name, value)
         if config and "config" in module.__dict__:
             module.config = LayerConfigView(module.config, **names)
+    if widths.num_experts:
+        choose_experts_function(layer)
 
 
 def apply_plan(
@@ -176,7 +222,8 @@ def apply_plan(
             "original weights (uncompensated)"
         )
     checkpoint = open_checkpoint(model)
-    family = find_family(checkpoint.config.get("model_type")).with_granularity(plan.granularity)
+    family = find_family(checkpoint.config.get("model_type"))
+    family = family.with_granularity(plan.granularity, plan.mlp_granularity)
     _require_same_model(plan, checkpoint, family)
     base = layer_widths(checkpoint.config)
     widths = plan.widths(family, base)
@@ -194,8 +241,8 @@ def apply_plan(
             name = WEIGHTS_NAME if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             tensors = {}
             for source in shard:
-                tensors[source.saved_as] = source.read()
-                weight_map[source.saved_as] = name
+                tensors[source.name] = source.read()
+                weight_map[source.name] = name
             save_file(tensors, partial / name, metadata={"format": "pt"})
         if len(shards) > 1:
             total = sum(source.num_bytes for shard in shards for source in shard)
@@ -204,40 +251,68 @@ def apply_plan(
 
 
 class _TensorSource:
-    """One tensor of the base checkpoint and what the plan leaves of it."""
+    """One tensor of the base checkpoint, what the plan leaves of it, and its name in the pruned model."""
 
     def __init__(
-        self, name: str, info: TensorInfo, members: Sequence[UnitTensor] = (), keep: Indices | None = None
+        self,
+        base_name: str,
+        name: str,
+        info: TensorInfo,
+        members: Sequence[UnitTensor] = (),
+        keep: Indices | None = None,
     ) -> None:
-        self.name, self.info, self._members, self._keep = name, info, members, keep
-        self.saved_as = name
+        self._base_name, self.name, self.info = base_name, name, info
+        self._members, self._keep = members, keep
 
     @property
     def num_bytes(self) -> int:
-        shape = list(self.info.shape)
+        numel = self.info.numel
         for member in self._members:
             assert self._keep is not None
-            before = self.info.shape[member.dim] if member.segment is None else member.segment.length
-            shape[member.dim] -= before - len(self._keep) * member.group_size
-        return math.prod(shape) * DTYPE_BYTES[self.info.dtype]
+            shape = member.matrix_shape(self.info.shape)
+            before = shape[member.dim] if member.segment is None else member.segment.length
+            after = len(_within_expert(member, self.info.shape, self._keep)) * member.group_size
+            numel -= (before - after) * (math.prod(shape) // shape[member.dim])
+        return numel * DTYPE_BYTES[self.info.dtype]
 
     def read(self) -> Tensor:
         with safe_open(self.info.shard, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self.name)
+            tensor: Tensor = file.get_tensor(self._base_name)
         if self._keep is None:
             return tensor
-        return gather_members({self.name: tensor}, self._members, self._keep)[self.name]
+        return gather_members({self._base_name: tensor}, self._members, self._keep)[self._base_name]
 
 
 def _tensor_sources(
     plan: PruningPlan, checkpoint: Checkpoint, family: Family, base: tuple[LayerWidths, ...]
 ) -> list[_TensorSource]:
     pruned: dict[str, tuple[list[UnitTensor], Indices]] = {}
+    names = {name: name for name in checkpoint.tensors}
     for layer, (widths, keep) in enumerate(zip(base, plan.keep_indices, strict=True)):
-        for kind in family.unit_kinds:
-            for member in family.unit_tensors(kind, layer, widths, checkpoint.tensors):
+        for kind in family.kinds_in(widths):
+            members = family.unit_tensors(kind, layer, widths, checkpoint.tensors)
+            if kind.name == "expert":
+                _renumber_experts(names, members, keep[kind.name])
+                members = tuple(member for member in members if member.expert is None)
+            for member in members:
                 pruned.setdefault(member.name, ([], keep[kind.name]))[0].append(member)
-    return [_TensorSource(name, info, *pruned.get(name, ())) for name, info in checkpoint.tensors.items()]
+    return [
+        _TensorSource(base_name, name, checkpoint.tensors[base_name], *pruned.get(base_name, ()))
+        for base_name, name in names.items()
+    ]
+
+
+def _renumber_experts(names: dict[str, str], members: Sequence[UnitTensor], keep: Indices) -> None:
+    """Takes the tensors of whole experts out of `names` that go, and gives the others their new names."""
+    parts = by_expert(members)
+    parts.pop(None, None)  # tensors that all experts share
+    for part in parts.values():
+        for tensor in part:
+            del names[tensor.name]
+    if parts:
+        for number, expert in enumerate(keep.tolist()):
+            for old, new in zip(parts[expert], parts[number], strict=True):
+                names[old.name] = new.name
 
 
 def _of_kept_layers(sources: list[_TensorSource], plan: PruningPlan, family: Family) -> list[_TensorSource]:
@@ -253,7 +328,7 @@ def _of_kept_layers(sources: list[_TensorSource], plan: PruningPlan, family: Fam
             continue
         if layer is not None:
             new_prefix = family.layer_prefix.format(layer=numbers[layer])
-            source.saved_as = new_prefix + source.saved_as.removeprefix(prefix)
+            source.name = new_prefix + source.name.removeprefix(prefix)
         result.append(source)
     return result
 

@@ -20,7 +20,14 @@ from adapt_pruner.compensation import (
     replace_weights,
 )
 from adapt_pruner.config import RIDGE
-from adapt_pruner.families import Granularity, find_family, layer_widths, removal_counts, unit_costs
+from adapt_pruner.families import (
+    Granularity,
+    MlpGranularity,
+    find_family,
+    layer_widths,
+    removal_counts,
+    unit_costs,
+)
 from adapt_pruner.kernels.backends import choose_backend
 from adapt_pruner.plan import Indices
 from adapt_pruner.scoring import Scores, score
@@ -111,10 +118,12 @@ class InMemoryEngine:
         dtype: str = "auto",
         backend: str = "auto",
         granularity: Granularity = "kv_group",
+        mlp_granularity: MlpGranularity = "channel",
         output_biases: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
-        self.family = find_family(checkpoint.config.get("model_type")).with_granularity(granularity)
+        family = find_family(checkpoint.config.get("model_type"))
+        self.family = family.with_granularity(granularity, mlp_granularity)
         self.widths = layer_widths(checkpoint.config)
         choose_backend(backend, resolve_device(device))  # fails before the weights are read
         self.model = load_model(checkpoint, device=device, dtype=dtype)

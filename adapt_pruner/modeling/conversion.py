@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,35 +10,47 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapt_pruner.families import LayerWidths, is_uniform
+from adapt_pruner.modeling.modeling_adapt import EXPERT_CHANNELS
 from adapt_pruner.modeling.registration import register
 
 _PER_LAYER_KEYS = ("layer_types", "mlp_layer_types")  # lists of one value per layer
-_WIDTH_KEYS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 # Written anew by whatever config class is chosen.
-_DROPPED_KEYS = ("per_layer_config", "auto_map", "architectures", "model_type", "transformers_version")
+_DROPPED_KEYS = (
+    "per_layer_config",
+    "auto_map",
+    "architectures",
+    "model_type",
+    "transformers_version",
+    "share_embedding",
+    "layer_sharing",
+)
+_SAVED_AS = {"mobilellm": "llama"}  # what transformers has no class for
 
 
 def pruned_config(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> PreTrainedConfig:
     """Config of the model with the given widths.
 
-    Layers of equal widths give the stock config class (no custom code to load it), others and those with
-    `output_biases` the `adapt_*` class with `per_layer_config`. Everything else is taken over from `config`.
+    Layers of equal widths give the stock config class (no custom code to load it) where it can run them,
+    others and those with `output_biases` the `adapt_*` class with `per_layer_config`. Everything else is that
+    of `config`.
     """
     register()
     values = {k: v for k, v in config.to_dict().items() if k not in _DROPPED_KEYS}
     values["head_dim"] = widths[0].head_dim
-    for key in _WIDTH_KEYS:
-        values[key] = max(getattr(layer, key) for layer in widths)
-    stock_type = config.model_type.removeprefix("adapt_")
-    if is_uniform(widths) and not values.get("output_biases"):
+    layers = [_layer_values(layer, values) for layer in widths]
+    for layer in layers:
+        for key in layer:
+            values[key] = max(other[key] for other in layers if key in other)
+    stock_type = _SAVED_AS.get(config.model_type, config.model_type.removeprefix("adapt_"))
+    # Stock experts do not run with every number of channels.
+    runs = all(layer.intermediate_size % EXPERT_CHANNELS == 0 for layer in widths if layer.num_experts)
+    if is_uniform(widths) and runs and not values.get("output_biases"):
         try:
             return _with_architecture(AutoConfig.for_model(stock_type, **values))
         except StrictDataclassError:
             # Stock Llama insists on hidden_size being a multiple of the heads; the adapt class does not.
             pass
-    values["per_layer_config"] = {
-        i: {key: getattr(layer, key) for key in _WIDTH_KEYS} for i, layer in enumerate(widths)
-    }
+    values["per_layer_config"] = dict(enumerate(layers))
     return _with_architecture(AutoConfig.for_model(f"adapt_{stock_type}", **values))
 
 
@@ -67,6 +79,22 @@ def keep_config_layers(config: PreTrainedConfig, kept: Sequence[int]) -> None:
     config.num_hidden_layers = len(kept)
     if own:
         config.per_layer_config = {i: own[layer] for i, layer in enumerate(kept) if layer in own}
+
+
+def _layer_values(widths: LayerWidths, config: Mapping[str, Any]) -> dict[str, int]:
+    """The widths of a layer under the names that this config has for them."""
+    values = {
+        "num_attention_heads": widths.num_attention_heads,
+        "num_key_value_heads": widths.num_key_value_heads,
+    }
+    if not widths.num_experts:
+        return values | {"intermediate_size": widths.intermediate_size}
+    channels = "moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"
+    return values | {
+        channels: widths.intermediate_size,
+        "num_local_experts": widths.num_experts,
+        "num_experts_per_tok": widths.experts_per_token,
+    }
 
 
 def _with_architecture(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -132,17 +132,21 @@ def show_inspected(console: Console, after: ModelSummary, before: ModelSummary |
         width = str(getattr(now.widths, key))
         return f"{getattr(was.widths, key)} → {width}" if was else width
 
-    table = Table("layer", "heads", "KV", "channels", "parameters", "kept", "MFLOPs", "KV bytes")
+    # Channels are those of each expert where there are experts.
+    experts = any(layer.widths.num_experts for layer in (before or after).layers)
+    widths = ["heads", "KV", *(["experts"] * experts), "channels"]
+    table = Table("layer", *widths, "parameters", "kept", "MFLOPs", "KV bytes")
     there = iter(after.layers)
     for i in range(len(after.layers) + len(after.removed_layers)):
         if i in after.removed_layers:
-            table.add_row(str(i), "removed", "", "", "0", "0%", "0.00", "0")
+            table.add_row(str(i), "removed", *[""] * (len(widths) - 1), "0", "0%", "0.00", "0")
             continue
         layer, was = next(there), before.layers[i] if before else None
         table.add_row(
             str(i),
             cell(layer, was, "num_attention_heads"),
             cell(layer, was, "num_key_value_heads"),
+            *([cell(layer, was, "num_experts")] * experts),
             cell(layer, was, "intermediate_size"),
             f"{layer.parameters:,}",
             f"{layer.parameters / was.parameters:.0%}" if was else "",
@@ -223,7 +227,10 @@ def _show_comparison(console: Console, comparison: Comparison) -> None:
 def show_families(console: Console, families: dict[str, Any]) -> None:
     for name, family in families.items():
         stock = ", ".join(t for t in family["model_types"] if not t.startswith("adapt_"))
-        console.print(f"{name}: model_type {stock} ({family['models']})", markup=False, soft_wrap=True)
+        source = f"; {family['source']}" if family["source"] else ""
+        console.print(
+            f"{name}: model_type {stock} ({family['models']}{source})", markup=False, soft_wrap=True
+        )
 
 
 def show_doctor(console: Console, found: dict[str, Any]) -> None:

@@ -116,7 +116,7 @@ def column_weights(
     """Weights of a layer that lose columns when units go, by name: columns now."""
     return {
         tensor.name: kind.count(widths) * tensor.group_size
-        for kind in family.unit_kinds
+        for kind in family.kinds_in(widths)
         for tensor in family.unit_tensors(kind, layer, widths, available)
         if tensor.dim == 1
     }
@@ -136,7 +136,7 @@ def kept_columns(
         keep: per unit kind, sorted int64 indices among the units there are now.
     """
     columns = {n: np.arange(count) for n, count in column_weights(family, layer, widths, available).items()}
-    for kind in family.unit_kinds:
+    for kind in family.kinds_in(widths):
         for tensor in family.unit_tensors(kind, layer, widths, available):
             if tensor.dim == 1:
                 units = columns[tensor.name].reshape(-1, tensor.group_size)

@@ -50,11 +50,13 @@ def obs_importance(
     sets = [
         family.unit_tensors(kind, layer, layer_widths, parameters)
         for layer, layer_widths in enumerate(widths)
-        for kind in family.unit_kinds
+        for kind in family.kinds_in(layer_widths)
     ]
     scores = iter(removal_errors(parameters, sets, grams, ridge=ridge))
-    kinds = [kind.name for kind in family.unit_kinds]
-    return tuple({kind: np.asarray(next(scores).cpu().numpy()) for kind in kinds} for _ in widths)
+    return tuple(
+        {kind.name: np.asarray(next(scores).cpu().numpy()) for kind in family.kinds_in(layer_widths)}
+        for layer_widths in widths
+    )
 
 
 def removal_errors(

@@ -158,12 +158,12 @@ def score(
     Source: arXiv 2502.03460 section 3.2; algorithm.md sections 2 and 3.
     """
     parameters = dict(model.named_parameters())
-    kinds = [kind.name for kind in family.unit_kinds]
+    kinds = [family.kinds_in(layer_widths) for layer_widths in widths]
     crediting = Crediting.plan(
         [
             (layer_widths, family.unit_tensors(kind, layer, layer_widths, parameters))
             for layer, layer_widths in enumerate(widths)
-            for kind in family.unit_kinds
+            for kind in kinds[layer]
         ],
         credit=gqa_credit,
         biases=estimator.biases,
@@ -195,6 +195,8 @@ def score(
     assert isinstance(layers, nn.ModuleList)
     num_labels = batch.shape[0] * (batch.shape[1] - 1)
     loss = torch.zeros((), dtype=torch.float64)
+    # The loss is that of the labels alone: what balances the load of experts is not part of it.
+    plain = {"output_router_logits": False} if any(layer.num_experts for layer in widths) else {}
     with (
         _evaluating(model),
         scoring as unit_importance,
@@ -212,6 +214,7 @@ def score(
                 labels=sequences,
                 num_items_in_batch=round(num_labels * of_loss),
                 use_cache=False,
+                **plain,
             ).loss
             loss += of_loss * part.detach().double().cpu()
             if not torch.isfinite(loss):
@@ -230,7 +233,7 @@ def score(
     scores = Scores(
         loss.item(),
         layer_scores,
-        tuple({kind: next(remaining) for kind in kinds} for _ in widths),
+        tuple({kind.name: next(remaining) for kind in layer_kinds} for layer_kinds in kinds),
         collected,
         averages,
     )

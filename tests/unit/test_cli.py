@@ -90,7 +90,11 @@ def test_families(command):
     assert status == 0
     lines = out.splitlines()
     assert [line.partition(":")[0] for line in lines] == list(shown)  # one line each
-    assert all(shown[line.partition(":")[0]]["model_types"][0] in line for line in lines)
+    for line in lines:
+        family = shown[line.partition(":")[0]]
+        assert family["model_types"][0] in line
+        assert "arXiv" in family["source"]
+        assert family["source"] in line
 
 
 def test_doctor(command):
