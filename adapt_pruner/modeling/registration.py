@@ -16,7 +16,7 @@ _AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 
 
 def register() -> None:
-    """Makes AutoConfig, AutoModel and AutoModelForCausalLM know every pruned and sliced model, and MobileLLM."""
+    """Makes the Auto classes of transformers know every pruned and sliced model, and MobileLLM."""
     from adapt_pruner.modeling import modeling_adapt, modeling_sliced
     from adapt_pruner.modeling.mobilellm import MobileLLMConfig, MobileLLMForCausalLM, MobileLLMModel
 
