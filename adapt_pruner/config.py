@@ -40,7 +40,9 @@ class PruneConfig:
             of a data set.
         calibration_column: text column of the file or data set; "text" if not given.
         num_sequences: calibration sequences drawn anew for each iteration.
-        sequence_length: tokens of each sequence.
+        sequence_length: tokens of each sequence, a BOS included.
+        prefix_bos: put the tokenizer's BOS in front of every calibration sequence; Gemma needs it. If not
+            given, where the tokenizer itself puts it in front of text; the method reference never does.
         micro_batch_size: sequences per forward and backward pass.
         compensation: "least_squares" changes the kept columns of every down_proj and o_proj in each round so
             that their outputs on the calibration sequences come closest to those before it.
@@ -80,6 +82,7 @@ class PruneConfig:
     micro_batch_size: int = 16
     compensation: Literal["none", "least_squares"] | None = None
     ridge: float = RIDGE
+    prefix_bos: bool | None = None
     gradients: Literal["auto", "fused", "materialised"] = "auto"
     pack: bool = False
     seed: int = 0
@@ -170,7 +173,8 @@ class EvaluateConfig:
         stride: tokens from one window to the next; smaller than the context slides the window. Windows do not
             overlap if it is not given.
         max_tokens: use only the first tokens of the text.
-        prefix_bos: put the tokenizer's BOS in front of every window; Gemma needs it.
+        prefix_bos: put the tokenizer's BOS in front of every window of text, where it takes one token of the
+            context; Gemma needs it. If not given, where the tokenizer itself puts it in front of text.
         tasks: multiple-choice benchmarks, separated by commas; "commonsense" stands for the seven
             commonsense tasks.
         limit: items per task, from its start.
@@ -187,7 +191,7 @@ class EvaluateConfig:
     context: int = 1024
     stride: int | None = None
     max_tokens: int | None = None
-    prefix_bos: bool = False
+    prefix_bos: bool | None = None
     tasks: str = ""
     limit: int | None = None
     batch_size: int = 8

@@ -39,6 +39,7 @@ class Method:
         gqa_credit: which KV group a query head counts for.
         granularity: unit of attention.
         compensation: what the kept weights do about the removed ones.
+        prefix_bos: of the calibration sequences; None: where the tokenizer adds it to text itself.
         protected: share of the layers at the start and at the end that lose nothing, rounded up.
     """
 
@@ -51,6 +52,7 @@ class Method:
     gqa_credit: GqaCredit = "owner"
     granularity: str = "kv_group"
     compensation: str = "none"
+    prefix_bos: bool | None = None
     protected: tuple[float, float] = (0.0, 0.0)
 
     def protected_layers(self, num_layers: int) -> str:
@@ -117,6 +119,7 @@ METHODS: tuple[Method, ...] = (
         estimator=TAYLOR_REFERENCE,
         allocation="reference",
         gqa_credit="modulo",
+        prefix_bos=False,
     ),
 )
 

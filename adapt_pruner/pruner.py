@@ -38,7 +38,14 @@ from adapt_pruner.checkpoint import (
     write_json,
 )
 from adapt_pruner.config import PruneConfig, parse_target
-from adapt_pruner.data import TokenizedDocuments, check_vocabulary, load_documents, sample_sequences, tokenize
+from adapt_pruner.data import (
+    TokenizedDocuments,
+    check_vocabulary,
+    load_documents,
+    prefix_token,
+    sample_sequences,
+    tokenize,
+)
 from adapt_pruner.engines.in_memory import InMemoryEngine, resolve_device
 from adapt_pruner.families import (
     Family,
@@ -109,6 +116,9 @@ def prune(
     family = family.with_granularity(granularity)
     budget, embeddings = _header_budget(checkpoint, family)
     budget = _protecting(config, budget)
+    if config.prefix_bos is None:
+        prefix = prefix_token(_tokenizer(checkpoint), None)
+        config = dataclasses.replace(config, prefix_bos=prefix is not None)
     target = resolve_target(config, budget, embeddings)
     output = Path(config.output)
     RunDirectory(output).check(config, resume=config.resume)
@@ -185,7 +195,7 @@ def _saved_bytes(config: PruneConfig, checkpoint: Checkpoint, family: Family, ta
     return int(saved * per_parameter) + 32 * 2**20
 
 
-def _calibration_tokens(config: PruneConfig, checkpoint: Checkpoint) -> TokenizedDocuments:
+def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint.directory)
@@ -193,9 +203,15 @@ def _calibration_tokens(config: PruneConfig, checkpoint: Checkpoint) -> Tokenize
     documents = load_documents(
         config.calibration,
         part="calibration" if config.calibration == "default" else None,
+    return tokenizer
+
+
+def _calibration_tokens(config: PruneConfig, checkpoint: Checkpoint) -> TokenizedDocuments:
+    tokenizer = _tokenizer(checkpoint)
         column=config.calibration_column,
     )
-    tokens = tokenize(documents, tokenizer)
+    prefix = prefix_token(tokenizer, config.prefix_bos)
+    tokens = dataclasses.replace(tokenize(documents, tokenizer), prefix_token_id=prefix)
     _draw(config, tokens, 0)  # too little text shows now, not after the model is loaded
     return tokens
 
