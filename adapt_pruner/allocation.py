@@ -13,7 +13,7 @@ Floats = npt.NDArray[np.float64]
 Counts = tuple[dict[str, int], ...]
 Normalization = Literal["max", "rank", "zscore_clip"]
 NORMALIZATIONS: tuple[Normalization, ...] = ("max", "rank", "zscore_clip")
-AllocationName = Literal["adaptive", "uniform", "global", "threshold", "reference"]
+AllocationName = Literal["adaptive", "uniform", "global", "threshold", "search", "reference"]
 
 MAX_SPARSITY = 0.99
 FINE_UNIT = "channel"  # the unit that is traded one by one to land on the budget

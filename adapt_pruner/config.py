@@ -25,7 +25,8 @@ class PruneConfig:
             taylor_reference, magnitude_l1, magnitude_l2, wanda, fluctuation, obs or random.
         allocation: how much each layer loses: by layer importance (adaptive), the same share (uniform), what
             units ranked together over all layers by importance per parameter (global) or by importance
-            (threshold) leave it, or as the published implementation has it, without landing (reference).
+            (threshold) leave it, what raises the calibration loss least (search), or as the published
+            implementation has it, without landing (reference).
         gqa_credit: the KV group that a query head counts for: its own (owner), or as in the published
             implementation number Q modulo the groups (modulo).
         protected_layers: layers that lose nothing, such as 0-3,30,-1 (the last), or none.
@@ -34,6 +35,8 @@ class PruneConfig:
         iterations: pruning rounds that would remove everything; each removes 1/iterations on average.
             One-shot methods ignore it.
         amplitude: how far a layer's share of a round may differ from the average.
+        search_evaluations: of the allocation search: losses that each round measures, on up to 64 calibration
+            sequences, beyond those of the start points.
         layer_metric: how far a layer's output is from its input.
         normalize: how layer importance is brought to [-1, 1].
         calibration: calibration text: "default", a .txt, .jsonl, .json, .csv or .parquet file, or the name
@@ -67,22 +70,23 @@ class PruneConfig:
     target_of: Literal["all", "non-embedding"] = "all"
     method: str = "adapt-pruner"
     estimator: str | None = None
-    allocation: Literal["adaptive", "uniform", "global", "threshold", "reference"] | None = None
+    allocation: Literal["adaptive", "uniform", "global", "threshold", "search", "reference"] | None = None
     gqa_credit: Literal["owner", "modulo"] | None = None
     protected_layers: str | None = None
     granularity: Literal["kv_group", "query_head"] | None = None
     iterations: int = 50
     amplitude: float = 0.02
+    search_evaluations: int = 100
     layer_metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"
     normalize: Literal["max", "rank", "zscore_clip"] = "max"
     calibration: str = "default"
     calibration_column: str | None = None
     num_sequences: int = 512
     sequence_length: int = 64
+    prefix_bos: bool | None = None
     micro_batch_size: int = 16
     compensation: Literal["none", "least_squares"] | None = None
     ridge: float = RIDGE
-    prefix_bos: bool | None = None
     gradients: Literal["auto", "fused", "materialised"] = "auto"
     pack: bool = False
     seed: int = 0
@@ -93,7 +97,7 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         parse_target(self.target)
-        for name in ("iterations", "num_sequences", "micro_batch_size"):
+        for name in ("iterations", "search_evaluations", "num_sequences", "micro_batch_size"):
             _require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
         _require("sequence_length", self.sequence_length, "at least 2", self.sequence_length >= 2)
         _require("seed", self.seed, "at least 0", self.seed >= 0)

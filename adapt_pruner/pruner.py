@@ -18,6 +18,7 @@ import torch
 
 from adapt_pruner.allocation import (
     Allocation,
+    Counts,
     Floats,
     UnitBudget,
     allocate,
@@ -28,6 +29,7 @@ from adapt_pruner.allocation import (
     normalize_importance,
     select_units,
 )
+from adapt_pruner.allocation_search import Search, allocate_by_search
 from adapt_pruner.assets import resolve_model
 from adapt_pruner.checkpoint import (
     Checkpoint,
@@ -64,6 +66,8 @@ from adapt_pruner.scoring.gram import column_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SEARCHED = 64  # calibration sequences that the allocation search measures losses of, at most
 
 
 @dataclass(frozen=True)
@@ -112,13 +116,13 @@ def prune(
     checkpoint = open_checkpoint(resolve_model(config.model))
     family = find_family(checkpoint.config.get("model_type"))
     config, estimator = resolve(config, len(layer_widths(checkpoint.config)), method)
+    if config.prefix_bos is None:
+        prefix = prefix_token(_tokenizer(checkpoint), None)
+        config = dataclasses.replace(config, prefix_bos=prefix is not None)
     granularity = config.granularity or "kv_group"
     family = family.with_granularity(granularity)
     budget, embeddings = _header_budget(checkpoint, family)
     budget = _protecting(config, budget)
-    if config.prefix_bos is None:
-        prefix = prefix_token(_tokenizer(checkpoint), None)
-        config = dataclasses.replace(config, prefix_bos=prefix is not None)
     target = resolve_target(config, budget, embeddings)
     output = Path(config.output)
     RunDirectory(output).check(config, resume=config.resume)
@@ -199,15 +203,15 @@ def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint.directory)
-    check_vocabulary(tokenizer, checkpoint.config["vocab_size"])
-    documents = load_documents(
-        config.calibration,
-        part="calibration" if config.calibration == "default" else None,
     return tokenizer
 
 
 def _calibration_tokens(config: PruneConfig, checkpoint: Checkpoint) -> TokenizedDocuments:
     tokenizer = _tokenizer(checkpoint)
+    check_vocabulary(tokenizer, checkpoint.config["vocab_size"])
+    documents = load_documents(
+        config.calibration,
+        part="calibration" if config.calibration == "default" else None,
         column=config.calibration_column,
     )
     prefix = prefix_token(tokenizer, config.prefix_bos)
@@ -314,8 +318,9 @@ def _iterate(
 ) -> tuple[dict[str, Any], tuple[dict[str, Indices], ...], Floats]:
     """One round of score, allocate and surgery; returns its record, the kept units and the sparsity."""
     clock = [time.perf_counter()]
+    batch = _draw(config, tokens, iteration)
     scores = engine.score(
-        _draw(config, tokens, iteration),
+        batch,
         micro_batch_size=config.micro_batch_size,
         metric=config.layer_metric,
         gradients=config.gradients,
@@ -334,13 +339,31 @@ def _iterate(
     )
     budget = _protecting(config, engine.budget(initial))
     rows = engine.widths[0].head_dim
-    allocation = _allocate(config, budget, sparsity, layer_importance, bundled, target, rows)
-    keep = tuple(
-        {kind: select_units(importance[kind], count, layer_lanes[kind]) for kind, count in counts.items()}
-        for importance, counts, layer_lanes in zip(
-            scores.unit_importance, allocation.counts, lanes, strict=True
+
+    def kept(counts: Counts) -> tuple[dict[str, Indices], ...]:
+        return tuple(
+            {kind: select_units(importance[kind], count, layer_lanes[kind]) for kind, count in layer.items()}
+            for importance, layer, layer_lanes in zip(scores.unit_importance, counts, lanes, strict=True)
         )
-    )
+
+    search: Search | None = None
+    if config.allocation == "search":
+        with engine.masked_loss(batch[:SEARCHED], micro_batch_size=config.micro_batch_size) as loss:
+            allocation, search = allocate_by_search(
+                budget,
+                sparsity,
+                layer_importance,
+                bundled,
+                lambda counts: loss(kept(counts)),
+                target=target,
+                iterations=config.iterations,
+                amplitude=config.amplitude,
+                evaluations=config.search_evaluations,
+                seed=(config.seed, iteration),
+            )
+    else:
+        allocation = _allocate(config, budget, sparsity, layer_importance, bundled, target, rows)
+    keep = kept(allocation.counts)
     clock.append(time.perf_counter())
     engine.remove_units(
         keep, grams=scores.grams if config.compensation != "none" else None, ridge=config.ridge
@@ -364,6 +387,8 @@ def _iterate(
         ],
         "seconds": dict(zip(("score", "allocate", "surgery"), np.diff(clock).round(4).tolist(), strict=True)),
     }
+    if search is not None:
+        record["search"] = dataclasses.asdict(search)
     return record, keep, allocation.sparsity
 
 

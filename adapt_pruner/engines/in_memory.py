@@ -21,6 +21,7 @@ from adapt_pruner.scoring.estimators import TAYLOR_FIRST, Estimator, GqaCredit
 from adapt_pruner.scoring.gradients import Gradients
 from adapt_pruner.scoring.gram import Grams, column_weights
 from adapt_pruner.scoring.layers import Metric
+from adapt_pruner.scoring.masking import MaskedLoss
 from adapt_pruner.surgery import prune_layer
 
 if TYPE_CHECKING:
@@ -151,6 +152,11 @@ class InMemoryEngine:
             ridge=ridge,
             backend=self._backend,
         )
+
+    def masked_loss(self, batch: Tensor, *, micro_batch_size: int) -> MaskedLoss:
+        """Context that measures losses over `batch`, [sequences, length], without some of the units."""
+        batch = batch.to(self.model.device)
+        return MaskedLoss(self.model, self.family, self.widths, batch, micro_batch_size=micro_batch_size)
 
     def remove_units(
         self, keep: Sequence[Mapping[str, Indices]], *, grams: Grams | None = None, ridge: float = RIDGE
