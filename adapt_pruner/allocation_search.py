@@ -13,7 +13,7 @@ from adapt_pruner.allocation import Allocation, Counts, Floats, UnitBudget, allo
 Place = tuple[int, str]  # a layer and a unit kind
 Weights = dict[Place, float]
 
-STEPS = (1.5, 1.2)  # factors that weights are changed by, one after the other
+STEPS = (1.25, 1.1)  # factors that weights are changed by, one after the other
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,31 @@ def _directions(
 def _weights_of(
     budget: UnitBudget, unit_importance: Sequence[Mapping[str, Floats]], counts: Counts
 ) -> Weights:
-    """Weights by which ranking gives these counts, or nearly: what goes next has about the price 1."""
-    weights = {}
+    """Weights by which ranking gives these counts, or nearly, each as close to 1 as that allows.
+
+    Between the last unit that goes and the first that stays there is room, much of it where units are few: a
+    weight that used it up would forget how the estimator compares the layers.
+    """
+    between: dict[Place, tuple[float, float]] = {}  # importance per parameter of these two units
     for i, layer in enumerate(budget.current):
         for kind, now in layer.items():
-            if i in budget.protected or now == 1:
-                continue
-            prices = np.sort(unit_importance[i][kind]) / budget.cost[i][kind]
-            removed = now - counts[i][kind]
-            price = ((prices[removed - 1] if removed else 0.0) + prices[removed]) / 2
-            weights[i, kind] = 1 / max(float(price), 1e-30)
+            if i not in budget.protected and now > 1:
+                prices = np.sort(unit_importance[i][kind]) / budget.cost[i][kind]
+                removed = now - counts[i][kind]
+                last_stays = removed == now - 1  # whatever its price
+                between[i, kind] = (
+                    float(prices[removed - 1]) if removed else 0.0,
+                    math.inf if last_stays else float(prices[removed]),
+                )
+    # Of a start point that is itself such a ranking it is the price that all of its units are cut at.
+    threshold = float(np.median([*between.values()])) if between else 1.0
+    if not math.isfinite(threshold):  # one unit is left anywhere
+        threshold = 1.0
+    weights = {}
+    for place, (low, high) in between.items():
+        # A tenth off either end if there is room: at the very end, rounding would decide what goes.
+        least, most = 1.1 * threshold / max(high, 1e-30), threshold / max(low, 1e-30) / 1.1
+        weights[place] = min(max(1.0, least), most) if least <= most else math.sqrt(least * most)
     return weights
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapt_pruner import prune, summarize
 from adapt_pruner.allocation import UnitBudget, allocate, allocate_by_rank, allocate_uniform
-from adapt_pruner.allocation_search import allocate_by_search
+from adapt_pruner.allocation_search import _by_weighted_rank, _weights_of, allocate_by_search
 from adapt_pruner.data import load_documents, sample_sequences, tokenize
 from adapt_pruner.families import find_family, layer_widths
 from adapt_pruner.run import RunDirectory
@@ -53,8 +53,8 @@ def test_the_masked_loss_is_that_of_the_pruned_model(model_type, granularity):
 # The search on losses that are known
 
 
-def make_budget(layers=6, *, protected=(), current=None):
-    initial = tuple({"kv_group": 4, "channel": 60} for _ in range(layers))
+def make_budget(layers=6, *, channels=60, protected=(), current=None):
+    initial = tuple({"kv_group": 4, "channel": channels} for _ in range(layers))
     now = current or initial
     cost = tuple({"kv_group": 300, "channel": 10} for _ in range(layers))
     parameters = 1000 + sum(n[kind] * c[kind] for n, c in zip(now, cost, strict=True) for kind in n)
@@ -62,8 +62,12 @@ def make_budget(layers=6, *, protected=(), current=None):
 
 
 def importances(budget, seed=0, shift=0.0):
+    """Alike per parameter, whatever the kind."""
     rng = np.random.default_rng(seed)
-    return [{kind: rng.lognormal(size=n) - shift for kind, n in layer.items()} for layer in budget.current]
+    return [
+        {kind: cost[kind] * (rng.lognormal(size=n) - shift) for kind, n in layer.items()}
+        for layer, cost in zip(budget.current, budget.cost, strict=True)
+    ]
 
 
 def rising(budget, seed=1):
@@ -108,6 +112,23 @@ def test_it_is_better_than_every_other_allocation_on_the_same_budget(seed, shift
     assert done.start_losses == pytest.approx({name: loss(other.counts) for name, other in others.items()})
     assert done.loss == loss(allocation.counts)
     assert done.loss < 0.95 * min(done.start_losses.values())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_repeat_their_start_point_and_change_the_estimator_no_more_than_that_needs(seed):
+    budget = make_budget(channels=600)
+    units, target = importances(budget, seed), int(0.7 * budget.num_parameters)
+    ranked = allocate_by_rank(budget, units, target=target, iterations=1, per_parameter=True)
+    weights = _weights_of(budget, units, ranked.counts)
+    assert len(weights) == 12
+    # 1 but for channels that were traded in the place of a group that did not fit.
+    np.testing.assert_allclose([*weights.values()], 1.0, rtol=0.15)
+    uniform = allocate_uniform(budget, np.zeros(6), units, target=target, iterations=1)
+    for start in (ranked, uniform):
+        again = _by_weighted_rank(budget, units, _weights_of(budget, units, start.counts), target)
+        for before, after in zip(start.counts, again.counts, strict=True):
+            assert before["kv_group"] == after["kv_group"]
+            assert abs(before["channel"] - after["channel"]) <= 1
 
 
 @pytest.mark.parametrize("evaluations", [1, 2, 7, 40])

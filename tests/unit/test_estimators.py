@@ -108,7 +108,9 @@ def fluctuation(model):
     ]
 
 
-def obs(model):
+def obs(model, attention=HEADS // KV * HEAD_DIM):
+    """Per layer, of each unit of attention, which owns so many columns of o, and of each channel."""
+
     def errors(w, x, size):
         """trace(W_G ((C^-1)_GG)^-1 W_G^T) of each group of columns, C with the ridge on its diagonal."""
         moments = x.T @ x
@@ -118,7 +120,7 @@ def obs(model):
             [w[:, g].T.mul(torch.linalg.solve(inverse[g][:, g], w[:, g].T)).sum() for g in groups]
         )
 
-    by_size = [output_columns(model, lambda w, x, n=n: errors(w, x, n)) for n in (HEADS // KV * HEAD_DIM, 1)]
+    by_size = [output_columns(model, lambda w, x, n=n: errors(w, x, n)) for n in (attention, 1)]
     return [
         {"kv_group": o.detach().numpy(), "channel": down.detach().numpy()}
         for (o, _), (_, down) in zip(*by_size, strict=True)
@@ -158,6 +160,19 @@ def test_importance_equals_fp64(family, name):
     for a, b in zip(ours, theirs, strict=True):
         for kind in ("kv_group", "channel"):
             np.testing.assert_allclose(a[kind], b[kind], rtol=2e-5, atol=2e-5 * np.abs(b[kind]).max())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_obs_of_query_heads_equals_fp64(family):
+    model = make_model(family)
+    by_heads = find_family(family).with_granularity("query_head")
+    widths = layer_widths(model.config.to_dict())
+    ours = score(model, by_heads, widths, BATCH, micro_batch_size=4, estimator=find_estimator("obs"))
+    theirs = obs(make_model(family).double(), attention=HEAD_DIM)
+    for a, b in zip(ours.unit_importance, theirs, strict=True):
+        assert a["query_head"].shape == (HEADS,)
+        np.testing.assert_allclose(a["query_head"], b["kv_group"], rtol=2e-5)
+        np.testing.assert_allclose(a["channel"], b["channel"], rtol=2e-5, atol=2e-5 * b["channel"].max())
 
 
 @pytest.mark.parametrize("how", ["fused", "materialised"])
