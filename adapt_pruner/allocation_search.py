@@ -18,7 +18,10 @@ STEPS = (1.25, 1.1)  # factors that weights are changed by, one after the other
 
 @dataclass(frozen=True)
 class Search:
-    """What a search did: the loss of each start point and of the outcome, and how often one was measured."""
+    """What a search did: the loss of each start point and of the outcome, and how often one was measured.
+
+    Start points whose loss is not finite are left out.
+    """
 
     start_losses: dict[str, float]
     loss: float
@@ -80,11 +83,12 @@ def allocate_by_search(
             seen[key] = value if math.isfinite(value) else math.inf
         return seen[key]
 
-    start_losses = {name: measured(start.counts) for name, start in starts.items()}
+    losses = {name: measured(start.counts) for name, start in starts.items()}
+    start_losses = {name: value for name, value in losses.items() if value < math.inf}
+    if not start_losses:
+        raise ValueError(f"the loss with {goal:,} parameters is not finite, wherever they are removed from")
     first = min(start_losses, key=lambda name: start_losses[name])
     best, lowest = starts[first], start_losses[first]
-    if lowest == math.inf:
-        raise ValueError(f"the loss with {goal:,} parameters is not finite, wherever they are removed from")
     positive = [
         {kind: scores - min(0.0, float(scores.min())) for kind, scores in layer.items()}
         for layer in unit_importance
