@@ -13,7 +13,7 @@ Floats = npt.NDArray[np.float64]
 Counts = tuple[dict[str, int], ...]
 Normalization = Literal["max", "rank", "zscore_clip"]
 NORMALIZATIONS: tuple[Normalization, ...] = ("max", "rank", "zscore_clip")
-AllocationName = Literal["adaptive", "uniform", "global", "threshold", "reference"]
+AllocationName = Literal["adaptive", "uniform", "global", "threshold", "search", "reference"]
 
 MAX_SPARSITY = 0.99
 FINE_UNIT = "channel"  # there are so many that landing takes no other unit while these suffice

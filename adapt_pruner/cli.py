@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_type_hints
 
 from docstring_parser import parse
-from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import SUPPRESS, ActionConfigFile, ActionYesNo, ArgumentParser, Namespace
 from rich.console import Console
 
 from adapt_pruner import __version__
@@ -90,6 +90,9 @@ def _add_config(command: ArgumentParser, config: type, positional: tuple[str, ..
             command.add_argument(field.name, type=str, nargs="?", **options, default=SUPPRESS)
         elif types[field.name] is bool:
             command.add_argument(_flag(field.name), action="store_true", **options)
+        elif types[field.name] == bool | None:
+            both_ways = ActionYesNo(yes_prefix="", no_prefix="no-")
+            command.add_argument(_flag(field.name), action=both_ways, **options)
         else:
             required = field.default is dataclasses.MISSING
             command.add_argument(_flag(field.name), type=types[field.name], required=required, **options)

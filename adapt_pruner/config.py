@@ -25,7 +25,8 @@ class PruneConfig:
             taylor_reference, magnitude_l1, magnitude_l2, wanda, fluctuation, obs, obs_fisher or random.
         allocation: how much each layer loses: by layer importance (adaptive), the same share (uniform), what
             units ranked together over all layers by importance per parameter (global) or by importance
-            (threshold) leave it, or as the published implementation has it, without landing (reference).
+            (threshold) leave it, what raises the calibration loss least (search), or as the published
+            implementation has it, without landing (reference).
         gqa_credit: the KV group that a query head counts for: its own (owner), or as in the published
             implementation number Q modulo the groups (modulo).
         protected_layers: layers that lose nothing, such as 0-3,30,-1 (the last), or none.
@@ -40,13 +41,17 @@ class PruneConfig:
         iterations: pruning rounds that would remove everything; each removes 1/iterations on average. 50 in
             adapt-pruner; one-shot methods ignore it.
         amplitude: how far a layer's share of a round may differ from the average.
+        search_evaluations: of the allocation search: losses that each round measures, on up to 64 calibration
+            sequences, beyond those of the start points.
         layer_metric: how far a layer's output is from its input.
         normalize: how layer importance is brought to [-1, 1].
         calibration: calibration text: "default", a .txt, .jsonl, .json, .csv or .parquet file, or the name
             of a data set.
         calibration_column: text column of the file or data set; "text" if not given.
         num_sequences: calibration sequences drawn anew for each iteration.
-        sequence_length: tokens of each sequence.
+        sequence_length: tokens of each sequence, a BOS included.
+        prefix_bos: put the tokenizer's BOS in front of every calibration sequence; Gemma needs it. If not
+            given, where the tokenizer itself puts it in front of text; the method reference never does.
         micro_batch_size: sequences per forward and backward pass.
         compensation: "bias" adds what the removed columns of every down_proj and o_proj gave on average over
             the calibration sequences to a bias, which counts as parameters; "least_squares" changes the kept
@@ -74,7 +79,7 @@ class PruneConfig:
     target_of: Literal["all", "non-embedding"] = "all"
     method: str = "adapt-pruner"
     estimator: str | None = None
-    allocation: Literal["adaptive", "uniform", "global", "threshold", "reference"] | None = None
+    allocation: Literal["adaptive", "uniform", "global", "threshold", "search", "reference"] | None = None
     gqa_credit: Literal["owner", "modulo"] | None = None
     protected_layers: str | None = None
     granularity: Literal["kv_group", "query_head", "layer"] | None = None
@@ -83,12 +88,14 @@ class PruneConfig:
     mlp_rate: float | None = None
     iterations: int | None = None
     amplitude: float = 0.02
+    search_evaluations: int = 100
     layer_metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"
     normalize: Literal["max", "rank", "zscore_clip"] = "max"
     calibration: str = "default"
     calibration_column: str | None = None
     num_sequences: int = 512
     sequence_length: int = 64
+    prefix_bos: bool | None = None
     micro_batch_size: int = 16
     compensation: Literal["none", "bias", "least_squares"] | None = None
     carry_over: float | None = None
@@ -103,7 +110,7 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         parse_target(self.target)
-        for name in ("iterations", "num_sequences", "micro_batch_size"):
+        for name in ("iterations", "search_evaluations", "num_sequences", "micro_batch_size"):
             value = getattr(self, name)
             _require(name, value, "at least 1", value is None or value >= 1)
         carry = self.carry_over
@@ -195,7 +202,8 @@ class EvaluateConfig:
         stride: tokens from one window to the next; smaller than the context slides the window. Windows do not
             overlap if it is not given.
         max_tokens: use only the first tokens of the text.
-        prefix_bos: put the tokenizer's BOS in front of every window; Gemma needs it.
+        prefix_bos: put the tokenizer's BOS in front of every window of text, where it takes one token of the
+            context; Gemma needs it. If not given, where the tokenizer itself puts it in front of text.
         tasks: multiple-choice benchmarks, separated by commas; "commonsense" stands for the seven
             commonsense tasks.
         limit: items per task, from its start.
@@ -212,7 +220,7 @@ class EvaluateConfig:
     context: int = 1024
     stride: int | None = None
     max_tokens: int | None = None
-    prefix_bos: bool = False
+    prefix_bos: bool | None = None
     tasks: str = ""
     limit: int | None = None
     batch_size: int = 8

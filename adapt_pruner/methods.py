@@ -45,6 +45,7 @@ class Method:
         attention_rate, mlp_rate: multiple of a layer's sparsity that its attention units, its channels lose.
         compensation: what the kept weights do about the removed ones.
         carry_over: how much what earlier rounds measured counts in each later one.
+        prefix_bos: of the calibration sequences; None: where the tokenizer adds it to text itself.
         protected: share of the layers at the start and at the end that lose nothing, rounded up.
         removes: "units" of layers, as all of the above says; or "dimensions" of the hidden states
             (`slicegpt.py`), to which none of it but `one_shot` applies.
@@ -63,6 +64,7 @@ class Method:
     mlp_rate: float = 1.0
     compensation: str = "none"
     carry_over: float = 0.0
+    prefix_bos: bool | None = None
     protected: tuple[float, float] = (0.0, 0.0)
     removes: Literal["units", "dimensions"] = "units"
 
@@ -168,6 +170,7 @@ METHODS: tuple[Method, ...] = (
         estimator=TAYLOR_REFERENCE,
         allocation="reference",
         gqa_credit="modulo",
+        prefix_bos=False,
     ),
 )
 
@@ -280,6 +283,8 @@ def require_experts_supported(config: PruneConfig, estimator: Estimator) -> None
         )
     elif config.gradients == "fused":
         problem = "gradients 'fused' needs linear layers, and experts are none: expected 'materialised'"
+    elif config.allocation == "search":
+        problem = "allocation 'search' measures losses without units of linear layers: expected another one"
     elif whole and config.allocation == "reference":
         problem = "allocation 'reference' counts rows of heads and channels alone: expected another one"
     elif whole and config.gqa_credit == "modulo":

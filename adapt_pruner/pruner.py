@@ -19,6 +19,7 @@ import torch
 from adapt_pruner.allocation import (
     ATTENTION_UNITS,
     Allocation,
+    Counts,
     Floats,
     UnitBudget,
     allocate,
@@ -29,6 +30,7 @@ from adapt_pruner.allocation import (
     normalize_importance,
     select_units,
 )
+from adapt_pruner.allocation_search import Search, allocate_by_search
 from adapt_pruner.assets import resolve_model
 from adapt_pruner.checkpoint import (
     Checkpoint,
@@ -40,7 +42,14 @@ from adapt_pruner.checkpoint import (
 )
 from adapt_pruner.compensation import missing_output_biases
 from adapt_pruner.config import PruneConfig, parse_target
-from adapt_pruner.data import TokenizedDocuments, check_vocabulary, load_documents, sample_sequences, tokenize
+from adapt_pruner.data import (
+    TokenizedDocuments,
+    check_vocabulary,
+    load_documents,
+    prefix_token,
+    sample_sequences,
+    tokenize,
+)
 from adapt_pruner.engines.in_memory import InMemoryEngine, resolve_device
 from adapt_pruner.families import (
     Family,
@@ -60,6 +69,8 @@ from adapt_pruner.scoring.gram import column_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SEARCHED = 64  # calibration sequences that the allocation search measures losses of, at most
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,7 @@ def prune(
     family = find_family(checkpoint.config.get("model_type"))
     widths = layer_widths(checkpoint.config)
     config, estimator = resolve(config, len(widths), method)
+    config = _with_prefix(config, checkpoint)
     granularity = config.granularity or "kv_group"
     family = family.with_granularity(granularity, config.mlp_granularity)
     if estimator is not None and any(layer.num_experts for layer in widths):
@@ -151,6 +163,13 @@ def prune(
         return _result(run)
     finally:
         run.close()
+
+
+def _with_prefix(config: PruneConfig, checkpoint: Checkpoint) -> PruneConfig:
+    """The settings with what the tokenizer decides."""
+    if config.prefix_bos is not None:
+        return config
+    return dataclasses.replace(config, prefix_bos=prefix_token(_tokenizer(checkpoint), None) is not None)
 
 
 def resolve_target(config: PruneConfig, budget: UnitBudget, embeddings: int, *, floor: int) -> int:
@@ -234,17 +253,23 @@ def _saved_bytes(config: PruneConfig, checkpoint: Checkpoint, family: Family, ta
     return int(saved + 2 * state) + 32 * 2**20  # what a resume needs is there twice for a moment
 
 
-def _calibration_tokens(config: PruneConfig, checkpoint: Checkpoint) -> TokenizedDocuments:
+def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint.directory)
+    return tokenizer
+
+
+def _calibration_tokens(config: PruneConfig, checkpoint: Checkpoint) -> TokenizedDocuments:
+    tokenizer = _tokenizer(checkpoint)
     check_vocabulary(tokenizer, checkpoint.config["vocab_size"])
     documents = load_documents(
         config.calibration,
         part="calibration" if config.calibration == "default" else None,
         column=config.calibration_column,
     )
-    tokens = tokenize(documents, tokenizer)
+    prefix = prefix_token(tokenizer, config.prefix_bos)
+    tokens = dataclasses.replace(tokenize(documents, tokenizer), prefix_token_id=prefix)
     _draw(config, tokens, 0)  # too little text shows now, not after the model is loaded
     return tokens
 
@@ -370,10 +395,12 @@ def _iterate(
     Returns:
         Its record, the kept units, the sparsity, and what counts in the next round.
     """
+    assert config.iterations is not None  # resolved
     carry_over = config.carry_over or 0.0
     clock = [time.perf_counter()]
+    batch = _draw(config, tokens, iteration)
     scores = engine.score(
-        _draw(config, tokens, iteration),
+        batch,
         micro_batch_size=config.micro_batch_size,
         metric=config.layer_metric,
         gradients=config.gradients,
@@ -395,13 +422,31 @@ def _iterate(
     )
     budget = _restricted(config, engine.budget(initial))
     rows = engine.widths[0].head_dim
-    allocation = _allocate(config, budget, sparsity, layer_importance, bundled, target, rows)
-    keep = tuple(
-        {kind: select_units(importance[kind], count, layer_lanes[kind]) for kind, count in counts.items()}
-        for importance, counts, layer_lanes in zip(
-            scores.unit_importance, allocation.counts, lanes, strict=True
+
+    def kept(counts: Counts) -> tuple[dict[str, Indices], ...]:
+        return tuple(
+            {kind: select_units(importance[kind], count, layer_lanes[kind]) for kind, count in layer.items()}
+            for importance, layer, layer_lanes in zip(scores.unit_importance, counts, lanes, strict=True)
         )
-    )
+
+    search: Search | None = None
+    if config.allocation == "search":
+        with engine.masked_loss(batch[:SEARCHED], micro_batch_size=config.micro_batch_size) as loss:
+            allocation, search = allocate_by_search(
+                budget,
+                sparsity,
+                layer_importance,
+                bundled,
+                lambda counts: loss(kept(counts)),
+                target=target,
+                iterations=config.iterations,
+                amplitude=config.amplitude,
+                evaluations=config.search_evaluations,
+                seed=(config.seed, iteration),
+            )
+    else:
+        allocation = _allocate(config, budget, sparsity, layer_importance, bundled, target, rows)
+    keep = kept(allocation.counts)
     clock.append(time.perf_counter())
     widths = engine.widths
     engine.remove_units(
@@ -429,6 +474,8 @@ def _iterate(
         ],
         "seconds": dict(zip(("score", "allocate", "surgery"), np.diff(clock).round(4).tolist(), strict=True)),
     }
+    if search is not None:
+        record["search"] = dataclasses.asdict(search)
     carried = scores.kept(engine.model, engine.family, widths, keep) if carry_over else None
     return record, keep, allocation.sparsity, carried
 

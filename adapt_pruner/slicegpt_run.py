@@ -30,6 +30,7 @@ from adapt_pruner.pruner import (
     _deterministic,
     _draw,
     _peak_memory,
+    _with_prefix,
 )
 from adapt_pruner.run import RunDirectory
 from adapt_pruner.slicegpt import SliceBudget, SlicedModel, require_sliceable, slice_model
@@ -49,7 +50,7 @@ def prune_dimensions(
         ValueError: also for an architecture that cannot be sliced, and for settings about units.
     """
     require_sliceable(str(checkpoint.config.get("model_type")))
-    config = resolve_dimensions(config, method)
+    config = _with_prefix(resolve_dimensions(config, method), checkpoint)
     budget = SliceBudget.of(checkpoint.tensors, checkpoint.config["num_hidden_layers"])
     embeddings = _embeddings(checkpoint)
     target, widths = _land(config, checkpoint.num_parameters, budget, embeddings)

@@ -35,6 +35,7 @@ from adapt_pruner.scoring.estimators import TAYLOR_FIRST, Estimator, GqaCredit, 
 from adapt_pruner.scoring.gradients import Gradients
 from adapt_pruner.scoring.gram import Grams, Means, column_weights
 from adapt_pruner.scoring.layers import Metric
+from adapt_pruner.scoring.masking import MaskedLoss
 from adapt_pruner.surgery import keep_layers, prune_layer
 
 if TYPE_CHECKING:
@@ -195,6 +196,11 @@ class InMemoryEngine:
         """Removes all layers but these, numbered as they are now, ascending."""
         keep_layers(self.model, self.family, kept)
         self.widths = tuple(self.widths[layer] for layer in kept)
+
+    def masked_loss(self, batch: Tensor, *, micro_batch_size: int) -> MaskedLoss:
+        """Context that measures losses over `batch`, [sequences, length], without some of the units."""
+        batch = batch.to(self.model.device)
+        return MaskedLoss(self.model, self.family, self.widths, batch, micro_batch_size=micro_batch_size)
 
     def remove_units(
         self,

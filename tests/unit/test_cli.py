@@ -228,7 +228,8 @@ def test_settings_come_from_a_file_and_the_command_line_wins(
     )
     assert status == 0, err
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    given = PruneConfig(**(settings | {"output": str(tmp_path / "run"), "seed": 6}))
+    # prefix_bos: by what the tokenizer does
+    given = PruneConfig(**(settings | {"output": str(tmp_path / "run"), "seed": 6, "prefix_bos": False}))
     assert saved == dataclasses.asdict(resolve(given, num_layers=4)[0])  # with what the method decides
     assert json.loads(out)["parameters_target"] == int(0.9 * json.loads(out)["parameters_before"])
     assert not (tmp_path / "from-file").exists()

@@ -148,9 +148,11 @@ def test_a_removed_column_that_others_span_costs_nothing_and_is_made_up_for():
             assert 0 <= layer[kind][unit] < 1e-3 * others.min()
 
 
-def test_obs_is_the_error_that_least_squares_leaves(collected):
+@pytest.mark.parametrize("granularity", ["kv_group", "query_head"])
+def test_obs_is_the_error_that_least_squares_leaves(collected, granularity):
     """Each unit removed for real, the rest solved for: ||.||^2 in the metric of K = X^T X + R^2."""
     model, family, widths, grams, inputs, _ = collected
+    family = family.with_granularity(granularity)
     scores = obs_importance(model, family, widths, grams, ridge=RIDGE)
     weights = {n: p.detach().double() for n, p in model.named_parameters()}
     for layer, layer_widths_ in enumerate(widths):
