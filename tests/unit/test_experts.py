@@ -537,6 +537,7 @@ def test_a_plan_fits_a_checkpoint_with_fused_experts_too(mlp, tiny_models, tmp_p
         ),
         ({"compensation": "least_squares"}, "compensation 'least_squares' needs .* expected 'none'"),
         ({"gradients": "fused"}, "gradients 'fused' needs linear layers"),
+        ({"allocation": "search"}, "allocation 'search' measures losses"),
         ({"mlp_granularity": "expert", "allocation": "reference"}, "allocation 'reference' counts rows"),
         ({"mlp_granularity": "expert", "gqa_credit": "modulo"}, "gqa_credit 'modulo' is for"),
     ],
