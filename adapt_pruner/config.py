@@ -34,6 +34,7 @@ class PruneConfig:
         attention_rate: the multiple of a layer's sparsity that its attention units lose, 0 for none. The
             allocations global and threshold divide the price of a unit by it.
         mlp_rate: the same for the channels.
+        round_to: every layer keeps a multiple of so many channels, or all that it had.
         iterations: pruning rounds that would remove everything; each removes 1/iterations on average.
             One-shot methods ignore it.
         amplitude: how far a layer's share of a round may differ from the average.
@@ -74,6 +75,7 @@ class PruneConfig:
     granularity: Literal["kv_group", "query_head"] | None = None
     attention_rate: float | None = None
     mlp_rate: float | None = None
+    round_to: int = 1
     iterations: int = 50
     amplitude: float = 0.02
     layer_metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"
@@ -95,7 +97,7 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         parse_target(self.target)
-        for name in ("iterations", "num_sequences", "micro_batch_size"):
+        for name in ("round_to", "iterations", "num_sequences", "micro_batch_size"):
             _require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
         _require("sequence_length", self.sequence_length, "at least 2", self.sequence_length >= 2)
         _require("seed", self.seed, "at least 0", self.seed >= 0)

@@ -17,10 +17,8 @@ import numpy as np
 import torch
 
 from adapt_pruner.allocation import (
-    ATTENTION_UNITS,
     Allocation,
     Floats,
-    UnitBudget,
     allocate,
     allocate_as_published,
     allocate_by_rank,
@@ -30,6 +28,7 @@ from adapt_pruner.allocation import (
     select_units,
 )
 from adapt_pruner.assets import resolve_model
+from adapt_pruner.budget import ATTENTION_UNITS, UnitBudget
 from adapt_pruner.checkpoint import (
     Checkpoint,
     atomic_directory,
@@ -149,7 +148,8 @@ def resolve_target(config: PruneConfig, budget: UnitBudget, embeddings: int) -> 
     if not floor <= target <= now:
         stays = [f"all of {kind} ({_rate_of(kind)} 0)" for kind, rate in budget.rates.items() if rate == 0]
         stays += [f"layers {config.protected_layers} (protected)"] if budget.protected else []
-        least = " beside ".join(["one unit per layer leaves", *stays])
+        unit = "one unit" if config.round_to == 1 else f"one unit, {config.round_to} channels,"
+        least = " beside ".join([f"{unit} per layer leaves", *stays])
         relation = "above the current size" if target > now else f"below what {least}"
         raise ValueError(
             f"target {config.target} of {config.target_of} is {target:,} parameters, {relation}: "
@@ -175,7 +175,7 @@ def _restricted(config: PruneConfig, budget: UnitBudget) -> UnitBudget:
         kind: getattr(config, _rate_of(kind))
         for kind in sorted({k for layer in budget.initial for k in layer})
     }
-    return dataclasses.replace(budget, protected=protected, rates=rates)
+    return dataclasses.replace(budget, protected=protected, rates=rates, round_to=config.round_to)
 
 
 def _rate_of(kind: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from adapt_pruner.allocation import Counts, UnitBudget
+from adapt_pruner.budget import Counts, UnitBudget
 from adapt_pruner.checkpoint import Checkpoint, CheckpointError, copy_side_files, open_checkpoint
 from adapt_pruner.compensation import compensated_weights, replace_weights
 from adapt_pruner.config import RIDGE

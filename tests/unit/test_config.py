@@ -74,6 +74,7 @@ def test_what_is_no_target_is_refused(target):
         ("amplitude", -0.01, "finite, at least 0"),
         ("amplitude", math.inf, "finite, at least 0"),
         ("amplitude", math.nan, "finite, at least 0"),
+        ("round_to", 0, "at least 1"),
         ("attention_rate", -0.5, "finite, at least 0, or not given"),
         ("mlp_rate", math.inf, "finite, at least 0, or not given"),
         ("target_of", "embedding", "one of .*'non-embedding'"),
