@@ -62,11 +62,11 @@ class UnitBudget:
 
     def parameters(self, counts: Counts) -> int:
         """Parameters of the model once `counts` units remain."""
-        return self.num_parameters - _used(self.current, self.cost) + _used(counts, self.cost)
+        return self.num_parameters - used(self.current, self.cost) + used(counts, self.cost)
 
     def amount(self, limit: Limit, counts: Counts) -> int:
         """What the model uses of a resource once `counts` units remain."""
-        return limit.amount - _used(self.current, limit.cost) + _used(counts, limit.cost)
+        return limit.amount - used(self.current, limit.cost) + used(counts, limit.cost)
 
     def binding(self, target: int) -> tuple[Limit, ...]:
         """The limits that the original model exceeds, that on parameters included.
@@ -107,7 +107,8 @@ class UnitBudget:
         return self.parameters(self.least)
 
 
-def _used(counts: Counts, cost: Counts) -> int:
+def used(counts: Counts, cost: Counts) -> int:
+    """What these units use together."""
     return sum(
         n * price[kind] for layer, price in zip(counts, cost, strict=True) for kind, n in layer.items()
     )

@@ -9,7 +9,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,9 +48,11 @@ from adapt_pruner.families import (
     unit_costs,
     unit_counts,
 )
+from adapt_pruner.latency import Latency, usage
 from adapt_pruner.methods import Method, parse_layers, resolve
 from adapt_pruner.plan import Indices, PruningPlan
 from adapt_pruner.report.plots import plot_run
+from adapt_pruner.resources import Resource, find_resources
 from adapt_pruner.run import RunDirectory
 from adapt_pruner.scoring import Estimator
 from adapt_pruner.scoring.gram import column_weights
@@ -61,13 +63,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class IterationReport:
-    """Where a run stands after an iteration: loss in nats per token, parameters before, now and asked for."""
+    """Where a run stands after an iteration: loss in nats per token, parameters before, now and asked for.
+
+    `resources` has "before", "after" (now) and "target" of each other limited resource, latency in seconds.
+    """
 
     iteration: int
     loss: float
     parameters_before: int
     parameters: int
-    parameters_target: int
+    parameters_target: int | None
+    resources: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 OnIteration = Callable[[IterationReport], None]
@@ -86,7 +92,7 @@ class PruneResult:
 def prune(
     config: PruneConfig, *, method: Method | None = None, on_iteration: OnIteration | None = None
 ) -> PruneResult:
-    """Prunes a model to a parameter budget and writes a run directory.
+    """Prunes a model to a budget of parameters or other resources and writes a run directory.
 
     What headers and text tell is checked before any weight is loaded, and the weights before the run
     directory is made. The run can be killed at any moment; with `resume` it goes on behind the last finished
@@ -110,6 +116,7 @@ def prune(
     budget, embeddings = _header_budget(checkpoint, family)
     budget = _restricted(config, budget)
     target = resolve_target(config, budget, embeddings)
+    resources = find_resources(config, checkpoint, family, budget)
     output = Path(config.output)
     RunDirectory(output).check(config, resume=config.resume)
     if RunDirectory(output).complete:
@@ -126,14 +133,14 @@ def prune(
     )
     run = RunDirectory.open(output, config, resume=config.resume)
     try:
-        _prune(config, estimator, run, engine, tokens, budget, embeddings, target, on_iteration)
+        _prune(config, estimator, run, engine, tokens, budget, embeddings, target, resources, on_iteration)
         return _result(run)
     finally:
         run.close()
 
 
 def resolve_target(config: PruneConfig, budget: UnitBudget, embeddings: int) -> int:
-    """The target as a count of all parameters.
+    """The target as a count of all parameters: all there are if there is only a target for something else.
 
     Args:
         budget: of the model before pruning.
@@ -141,6 +148,8 @@ def resolve_target(config: PruneConfig, budget: UnitBudget, embeddings: int) -> 
     Raises:
         ValueError: more than the model has, or less than what stays whatever the target.
     """
+    if config.target is None:
+        return budget.num_parameters
     base = embeddings if config.target_of == "non-embedding" else 0
     now, floor = budget.num_parameters - base, budget.floor - base
     value = parse_target(config.target)
@@ -168,14 +177,17 @@ def _header_budget(checkpoint: Checkpoint, family: Family) -> tuple[UnitBudget, 
     return UnitBudget(counts, counts, costs, checkpoint.num_parameters), embeddings
 
 
-def _restricted(config: PruneConfig, budget: UnitBudget) -> UnitBudget:
-    """The budget with what the settings say may go, and how fast."""
+def _restricted(config: PruneConfig, budget: UnitBudget, resources: tuple[Resource, ...] = ()) -> UnitBudget:
+    """The budget with what the settings say may go, how fast, and what else is limited."""
     protected = parse_layers(config.protected_layers or "none", len(budget.initial))
     rates = {
         kind: getattr(config, _rate_of(kind))
         for kind in sorted({k for layer in budget.initial for k in layer})
     }
-    return dataclasses.replace(budget, protected=protected, rates=rates, round_to=config.round_to)
+    limits = tuple(resource.limit(budget) for resource in resources)
+    return dataclasses.replace(
+        budget, protected=protected, rates=rates, round_to=config.round_to, limits=limits
+    )
 
 
 def _rate_of(kind: str) -> str:
@@ -234,6 +246,7 @@ def _prune(
     budget: UnitBudget,
     embeddings: int,
     target: int,
+    resources: tuple[Resource, ...],
     on_iteration: OnIteration | None,
 ) -> None:
     units = unit_counts(engine.family, engine.widths)
@@ -249,6 +262,9 @@ def _prune(
     sparsity: Floats = np.zeros(len(budget.initial))
     iteration = 0
     state = run.load_state()
+    latency = None
+    if config.target_latency is not None:
+        latency = Latency(config, engine, budget, state["latency"] if state else None)
     if state is not None:
         iteration = state["iteration"]
         sparsity = np.array(state["sparsity"])
@@ -263,10 +279,13 @@ def _prune(
             engine.load_tensors(run.load_tensors(iteration))
     run.log("resumed" if state else "started", iteration=iteration, parameters=engine.num_parameters)
     with _deterministic(engine.model.device):
-        while engine.num_parameters > target:
+        while True:
+            now = _restricted(config, engine.budget(budget.initial), resources)
+            if not (latency.limited(now) if latency else now).over(now.current, target):
+                break
             iteration += 1
             record, keep, sparsity = _iterate(
-                config, estimator, engine, tokens, budget.initial, sparsity, target, iteration
+                config, estimator, engine, tokens, now, sparsity, target, resources, latency, iteration
             )
             plan = dataclasses.replace(
                 plan,
@@ -275,22 +294,32 @@ def _prune(
                     for old, new in zip(plan.keep_indices, keep, strict=True)
                 ),
             )
+            progress = {"sparsity": sparsity.tolist(), "plan": plan.to_json()}
             run.save_iteration(
                 iteration,
                 record,
-                {"sparsity": sparsity.tolist(), "plan": plan.to_json()},
+                progress | ({"latency": latency.state()} if latency else {}),
                 engine.column_tensors() if config.compensation != "none" else None,
             )
             run.log("iteration", **{key: record[key] for key in ("iteration", "loss", "parameters")})
             if on_iteration:
                 on_iteration(
                     IterationReport(
-                        iteration, record["loss"], budget.num_parameters, record["parameters"], target
+                        iteration,
+                        record["loss"],
+                        budget.num_parameters,
+                        record["parameters"],
+                        None if config.target is None else target,
+                        record["resources"],
                     )
                 )
     plan.save(run.plan)
     records = run.iterations()
-    write_json(run.metrics, _metrics(engine, budget, embeddings, target, records))
+    used = usage(resources, latency, now)
+    write_json(
+        run.metrics,
+        _metrics(engine, budget, embeddings, None if config.target is None else target, used, records),
+    )
     if records:
         plot_run(records, run.path / "widths.png", initial=units)
     if not run.model.exists():
@@ -305,9 +334,11 @@ def _iterate(
     estimator: Estimator,
     engine: InMemoryEngine,
     tokens: TokenizedDocuments,
-    initial: tuple[dict[str, int], ...],
+    budget: UnitBudget,
     sparsity: Floats,
     target: int,
+    resources: tuple[Resource, ...],
+    latency: Latency | None,
     iteration: int,
 ) -> tuple[dict[str, Any], tuple[dict[str, Indices], ...], Floats]:
     """One round of score, allocate and surgery; returns its record, the kept units and the sparsity."""
@@ -330,15 +361,18 @@ def _iterate(
         {kind: bundle_importance(values, layer_lanes[kind]) for kind, values in layer.items()}
         for layer, layer_lanes in zip(scores.unit_importance, lanes, strict=True)
     )
-    budget = _restricted(config, engine.budget(initial))
     rows = engine.widths[0].head_dim
-    allocation = _allocate(config, budget, sparsity, layer_importance, bundled, target, rows)
-    keep = tuple(
-        {kind: select_units(importance[kind], count, layer_lanes[kind]) for kind, count in counts.items()}
-        for importance, counts, layer_lanes in zip(
-            scores.unit_importance, allocation.counts, lanes, strict=True
+
+    def choose(budget: UnitBudget) -> tuple[Allocation, tuple[dict[str, Indices], ...]]:
+        allocation = _allocate(config, budget, sparsity, layer_importance, bundled, target, rows)
+        return allocation, tuple(
+            {kind: select_units(importance[kind], count, layer_lanes[kind]) for kind, count in counts.items()}
+            for importance, counts, layer_lanes in zip(
+                scores.unit_importance, allocation.counts, lanes, strict=True
+            )
         )
-    )
+
+    allocation, keep = latency.settle(budget, target, choose, engine) if latency else choose(budget)
     clock.append(time.perf_counter())
     engine.remove_units(
         keep, grams=scores.grams if config.compensation != "none" else None, ridge=config.ridge
@@ -348,6 +382,7 @@ def _iterate(
         "iteration": iteration,
         "loss": scores.loss,
         "parameters": engine.num_parameters,
+        "resources": usage(resources, latency, dataclasses.replace(budget, current=allocation.counts)),
         "landed": allocation.landed,
         "sparsity": allocation.sparsity.tolist(),
         "layer_importance": scores.layer_importance.tolist(),
@@ -398,7 +433,8 @@ def _metrics(
     engine: InMemoryEngine,
     budget: UnitBudget,
     embeddings: int,
-    target: int,
+    target: int | None,
+    used: dict[str, dict[str, float]],
     records: list[dict[str, Any]],
 ) -> dict[str, Any]:
     before, after = budget.num_parameters, engine.num_parameters
@@ -406,7 +442,8 @@ def _metrics(
         "parameters_before": before,
         "parameters_target": target,
         "parameters_after": after,
-        "parameters_below_target": target - after,
+        "parameters_below_target": None if target is None else target - after,
+        "resources": used,
         "non_embedding_before": before - embeddings,
         "non_embedding_after": after - embeddings,
         "iterations": len(records),

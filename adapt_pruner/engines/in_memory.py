@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,6 +169,22 @@ class InMemoryEngine:
             result.append(prune_layer(*what, backend=self._backend))
             replace_weights(self.model, compensated)
         self.widths = tuple(result)
+
+    def copy(self, keep: Sequence[Mapping[str, Indices]] | None = None) -> PreTrainedModel:
+        """A model like this one, of the same tensors where nothing goes.
+
+        Args:
+            keep: the units that stay, as in `remove_units`, of as many layers as the copy shall have.
+        """
+        shared = {id(p): p for p in self.model.parameters()}
+        model = copy.deepcopy(self.model, dict(shared))
+        if keep is not None:
+            owner, _, name = self.family.layers_module.rpartition(".")
+            layers: Any = model.get_submodule(self.family.layers_module)
+            setattr(model.get_submodule(owner), name, layers[: len(keep)])
+            for layer, layer_keep in enumerate(keep):
+                prune_layer(model, self.family, layer, self.widths[layer], layer_keep, backend=self._backend)
+        return model
 
     def column_tensors(self) -> dict[str, Tensor]:
         """Every down_proj and o_proj as it is now, which is what compensation changes."""
