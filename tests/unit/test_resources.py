@@ -1,4 +1,4 @@
-"""Targets for FLOPs and KV cache: counted as `inspect` counts the saved model, met, resumed, refused early."""
+"""Targets for FLOPs and KV cache: counted as `inspect` counts the saved model, met, resumed, refused."""
 
 from __future__ import annotations
 
