@@ -3,70 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from adapt_pruner.budget import FINE_UNIT, Counts, Limit, UnitBudget, needed, pace_of_kinds
+
 Floats = npt.NDArray[np.float64]
-Counts = tuple[dict[str, int], ...]
 Normalization = Literal["max", "rank", "zscore_clip"]
 NORMALIZATIONS: tuple[Normalization, ...] = ("max", "rank", "zscore_clip")
 AllocationName = Literal["adaptive", "uniform", "global", "threshold", "search", "reference"]
 
 MAX_SPARSITY = 0.99
-FINE_UNIT = "channel"  # there are so many that landing takes no other unit while these suffice
-ATTENTION_UNITS = ("kv_group", "query_head")
-
-
-@dataclass(frozen=True)
-class UnitBudget:
-    """How many units there are and what they cost.
-
-    Attributes:
-        initial, current: per layer, number of units of each kind in the original model and now. Where lanes
-            of units shrink alike (query heads, one lane per KV head), one of each lane counts as one.
-        cost: per layer, parameters of one unit of each kind.
-        num_parameters: parameters of the model now.
-        protected: layers that lose nothing.
-        rates: by kind, the multiple of a layer's sparsity that its units lose, 1 if not given. Those of a
-            kind at rate 0 stay. A ranking divides their price by it, or multiplies where that is negative.
-    """
-
-    initial: Counts
-    current: Counts
-    cost: Counts
-    num_parameters: int
-    protected: frozenset[int] = frozenset()
-    rates: Mapping[str, float] = field(default_factory=dict)
-
-    def rate(self, kind: str) -> float:
-        return self.rates.get(kind, 1.0)
-
-    def parameters(self, counts: Counts) -> int:
-        """Parameters of the model once `counts` units remain."""
-        return self.num_parameters - sum(
-            (now[kind] - after[kind]) * cost[kind]
-            for now, after, cost in zip(self.current, counts, self.cost, strict=True)
-            for kind in now
-        )
-
-    @property
-    def least(self) -> Counts:
-        """Units that stay whatever the target: one of each kind, and all that may not go."""
-        return tuple(
-            {
-                kind: n if i in self.protected or self.rate(kind) == 0 else min(n, 1)
-                for kind, n in layer.items()
-            }
-            for i, layer in enumerate(self.current)
-        )
-
-    @property
-    def floor(self) -> int:
-        """Parameters with the least units: no budget below it can be met."""
-        return self.parameters(self.least)
 
 
 @dataclass(frozen=True)
@@ -110,12 +60,16 @@ def next_sparsity(
     return np.clip(sparsity + scale * (1 / iterations - amplitude * importance), 0.0, MAX_SPARSITY)
 
 
-def counts_at(budget: UnitBudget, sparsity: Floats, rows: int | None = None) -> Counts:
+def counts_at(
+    budget: UnitBudget, sparsity: Floats, rows: int | None = None, pace: Mapping[str, float] | None = None
+) -> Counts:
     """Units each layer keeps at a cumulative sparsity; units never come back and one always stays.
 
-    Channels round down; other units go only when their full share is due.
+    Channels round down; other units, and channels that go several at a time, go only when their full share
+    is due.
 
     Args:
+        pace: by kind, what its rate is multiplied with.
         rows: of a kv_group. Given, rows are counted as the published implementation does: those that stay
             round down, so that a group goes up to a row early.
     """
@@ -125,9 +79,9 @@ def counts_at(budget: UnitBudget, sparsity: Floats, rows: int | None = None) -> 
     ):
         layer = {}
         for kind, n in initial.items():
-            s = min(float(sparsity[i]) * budget.rate(kind), MAX_SPARSITY)
+            s = min(float(sparsity[i]) * budget.rate(kind) * (pace or {}).get(kind, 1.0), MAX_SPARSITY)
             if kind == FINE_UNIT:
-                due = int(n * (1 - s))
+                due = -(-int(n * (1 - s)) // budget.round_to) * budget.round_to
             elif rows is None:
                 due = n - int(np.floor(n * s + 1e-9))
             else:
@@ -149,35 +103,38 @@ def allocate(
 ) -> Allocation:
     """One iteration of the adaptive allocation, landing on the budget when this iteration reaches it.
 
-    A step that would reach the target is scaled down until it just does not, and the rest goes unit by unit,
+    A step that would meet all limits is scaled down until it just does not, and the rest goes unit by unit,
     least importance per parameter first: channels as long as they suffice. The result then has at most
-    `target` parameters and less than one channel's parameters below it (where channels may not go, one of
-    the smallest unit's that may); only where a group had to go that is bigger than all channels left
-    together it may be further below.
+    `target` parameters and less than one channel's parameters below it (with `round_to`, less than one
+    step's; where channels may not go, less than one of the smallest unit that may); only where a group had
+    to go that is bigger than all channels left together it may be further below. With several limits all
+    are met, and at least one of them as closely as that.
 
     Args:
         sparsity: [layers], cumulative sparsity so far, as a fraction of the initial units.
         layer_importance: [layers], normalised.
         unit_importance: per layer and kind, one score per current unit.
-        target: parameters to land on; at least `budget.floor`.
+        target: parameters to land on; at least `budget.floor`. `budget.limits` has those of other resources.
     Source: arXiv 2502.03460 section 3.2; landing is ours (algorithm.md section 4).
     """
 
+    pace = pace_of_kinds(budget, target)
+
     def step(scale: float) -> tuple[Floats, Counts]:
         s = _protecting(budget, next_sparsity(sparsity, layer_importance, iterations, amplitude, scale))
-        return s, counts_at(budget, s)
+        return s, counts_at(budget, s, pace=pace)
 
-    assert target >= budget.floor
+    assert not budget.over(budget.least, target)
     full_sparsity, full_counts = step(1.0)
-    if budget.parameters(full_counts) > target:
+    if budget.over(full_counts, target):
         # Once the layers that still lose anything are at their largest sparsity, more rounds would score the
         # model for nothing: trade the rest where this round removes no unit and N like it do not get there.
-        if full_counts != budget.current or budget.parameters(step(iterations)[1]) <= target:
+        if full_counts != budget.current or not budget.over(step(iterations)[1], target):
             return Allocation(full_sparsity, full_counts, landed=False)
         return Allocation(full_sparsity, _trade(budget, full_counts, unit_importance, target), landed=True)
     low, high = 0.0, 1.0
     while (middle := (low + high) / 2) not in (low, high):
-        if budget.parameters(step(middle)[1]) > target:
+        if budget.over(step(middle)[1], target):
             low = middle
         else:
             high = middle
@@ -214,36 +171,38 @@ def allocate_by_rank(
     the target or on what that part leaves.
 
     Args:
-        per_parameter: rank by importance per parameter; else by importance itself, which is one threshold
-            for all units. Either way a unit counts with its parameters towards the target.
+        per_parameter: rank by importance per parameter (or what else is limited); else by importance itself,
+            which is one threshold for all units. Either way a unit counts with its parameters towards the
+            target.
     Source: the threshold is FLAP's, arXiv 2312.11983 section 3.
     """
-    assert target >= budget.floor
-    share = -((budget.floor - budget.parameters(budget.initial)) // iterations)
-    goal = max(target, budget.num_parameters - share)
-    least = budget.least
-    places = [
-        (i, kind) for i, layer in enumerate(budget.current) for kind in layer if layer[kind] > least[i][kind]
-    ]
-    prices, costs, owners = [], [], []
-    for place, (i, kind) in enumerate(places):
-        cost, rate = budget.cost[i][kind], budget.rate(kind)
-        scores = np.sort(unit_importance[i][kind])[: budget.current[i][kind] - least[i][kind]]
-        price = scores / cost if per_parameter else scores
-        prices.append(np.where(price < 0, price * rate, price / rate))
-        costs.append(np.full(len(scores), cost))
-        owners.append(np.full(len(scores), place))
+    assert not budget.over(budget.least, target)
     counts = tuple(dict(layer) for layer in budget.current)
-    if places:
+    ascending = _ascending(unit_importance)
+    limits, goals = budget.binding(target), []
+    for n, limit in enumerate(limits):
+        removable = budget.amount(limit, budget.initial) - budget.amount(limit, budget.least)
+        # What the limits before this one have yet to take counts for it too.
+        reserved = needed(budget, counts, limits[:n], limit)
+        goal = replace(limit, target=max(limit.target + reserved, limit.amount + -removable // iterations))
+        goals.append(goal)
+        places = [(i, kind) for i, layer in enumerate(counts) for kind in layer if limit.cost[i][kind] > 0]
+        prices, costs, owners = [np.empty(0)], [np.empty(0, int)], [np.empty(0, int)]
+        for place, (i, kind) in enumerate(places):
+            scores, sizes = _removable(budget, counts, ascending, i, kind)
+            price = scores / (sizes * limit.cost[i][kind]) if per_parameter else scores / sizes
+            rate = budget.rate(kind)
+            prices.append(np.where(price < 0, price * rate, price / rate) if len(price) else price)
+            costs.append(sizes * limit.cost[i][kind])
+            owners.append(np.full(len(scores), place))
         order = np.argsort(np.concatenate(prices), kind="stable")
         removed = np.cumsum(np.concatenate(costs)[order])
-        taken = order[: np.searchsorted(removed, budget.num_parameters - goal)]
-        for (i, kind), count in zip(
-            places, np.bincount(np.concatenate(owners)[taken], minlength=len(places)).tolist(), strict=True
-        ):
-            counts[i][kind] -= count
-    counts = _trade(budget, counts, unit_importance, goal)
-    return Allocation(_removed_share(budget, counts), counts, landed=goal == target)
+        taken = order[: np.searchsorted(removed, budget.amount(limit, counts) - goal.target)]
+        for place in np.concatenate(owners)[taken].tolist():
+            _remove(budget, counts, *places[place])
+        _meet(budget, counts, ascending, goal)
+    _give_back(budget, counts, ascending, goals)
+    return Allocation(_removed_share(budget, counts), counts, landed=not budget.over(counts, target))
 
 
 def allocate_as_published(
@@ -269,11 +228,12 @@ def allocate_as_published(
     s = _protecting(budget, next_sparsity(sparsity, layer_importance, iterations, amplitude))
     counts = counts_at(budget, s, rows)
     if counts == budget.current and np.array_equal(s, sparsity):
+        limit = next(limit for limit in budget.binding(target) if limit.amount > limit.target)
         raise ValueError(
-            f"the allocation 'reference' stops at {budget.num_parameters:,} parameters, above the target "
-            f"{target:,}: it removes no more than {MAX_SPARSITY:.0%} of a layer and does not trade"
+            f"the allocation 'reference' stops at {limit.amount:,} {limit.resource}, above the target "
+            f"{limit.target:,}: it removes no more than {MAX_SPARSITY:.0%} of a layer and does not trade"
         )
-    return Allocation(s, counts, landed=budget.parameters(counts) <= target)
+    return Allocation(s, counts, landed=not budget.over(counts, target))
 
 
 def _protecting(budget: UnitBudget, sparsity: Floats) -> Floats:
@@ -290,31 +250,68 @@ def _removed_share(budget: UnitBudget, counts: Counts) -> Floats:
     return np.array(shares)
 
 
+def _ascending(unit_importance: Sequence[Mapping[str, Floats]]) -> list[dict[str, Floats]]:
+    return [{kind: np.sort(scores) for kind, scores in layer.items()} for layer in unit_importance]
+
+
+def _removable(
+    budget: UnitBudget, counts: Counts, ascending: Sequence[Mapping[str, Floats]], layer: int, kind: str
+) -> tuple[Floats, npt.NDArray[np.int64]]:
+    """What may still go of a kind in a layer, one step after the other: summed importance, and units."""
+    scores, count, step = ascending[layer][kind], counts[layer][kind], budget.step(kind)
+    least = budget.least[layer][kind]
+    sizes = np.full(-(-(count - least) // step), step)
+    if not len(sizes):
+        return np.empty(0), sizes
+    sizes[0] = count % step or step  # to the next multiple
+    first = len(scores) - count
+    return np.add.reduceat(scores[: len(scores) - least], first + np.cumsum(sizes) - sizes), sizes
+
+
+def _remove(budget: UnitBudget, counts: Counts, layer: int, kind: str) -> int:
+    """Takes one step of units from `counts`; returns how many."""
+    step = budget.step(kind)
+    size = counts[layer][kind] % step or step
+    counts[layer][kind] -= size
+    return size
+
+
 def _trade(
     budget: UnitBudget, counts: Counts, unit_importance: Sequence[Mapping[str, Floats]], target: int
 ) -> Counts:
-    """Removes single units, least importance per parameter first, until the budget is met.
+    """Removes single units (or steps of them), least importance for what they cost first, until all limits
+    are met."""
+    counts = tuple(dict(layer) for layer in counts)
+    ascending, limits = _ascending(unit_importance), budget.binding(target)
+    for limit in limits:
+        _meet(budget, counts, ascending, limit)
+    _give_back(budget, counts, ascending, limits)
+    return counts
+
+
+def _meet(
+    budget: UnitBudget, counts: Counts, ascending: Sequence[Mapping[str, Floats]], limit: Limit
+) -> None:
+    """Removes units from `counts` until one limit is met.
 
     Channels go as long as they can carry what is left. Where they may not go, all kinds are traded together:
     the cheapest that fits, and the smallest once none does.
     """
-    counts = tuple(dict(layer) for layer in counts)
-    least, cost = budget.least, budget.cost
-    ascending = [{kind: np.sort(scores) for kind, scores in layer.items()} for layer in unit_importance]
-
-    def next_price(layer: int, kind: str) -> float:
-        removed = len(ascending[layer][kind]) - counts[layer][kind]
-        return float(ascending[layer][kind][removed]) / cost[layer][kind]
+    least, cost = budget.least, limit.cost
+    excess = budget.amount(limit, counts) - limit.target
 
     def removable(fine: bool) -> list[tuple[int, str]]:
         return [
             (i, kind)
             for i, layer in enumerate(counts)
             for kind in layer
-            if (kind == FINE_UNIT) == fine and layer[kind] > least[i][kind]
+            if (kind == FINE_UNIT) == fine and layer[kind] > least[i][kind] and cost[i][kind] > 0
         ]
 
-    excess = budget.parameters(counts) - target
+    def next_price(layer: int, kind: str) -> float:
+        scores = ascending[layer][kind]
+        return float(scores[len(scores) - counts[layer][kind]]) / cost[layer][kind]
+
     fine = removable(fine=True)
     carried = sum((counts[i][kind] - least[i][kind]) * cost[i][kind] for i, kind in fine)
     while excess > carried:
@@ -323,33 +320,41 @@ def _trade(
             _, i, kind = min((next_price(i, kind), i, kind) for i, kind in by_price)
         else:
             _, _, i, kind = min((cost[i][kind], next_price(i, kind), i, kind) for i, kind in coarse)
-        counts[i][kind] -= 1
-        excess -= cost[i][kind]
+        excess -= _remove(budget, counts, i, kind) * cost[i][kind]
 
     prices, owners = [np.empty(0)], [np.empty(0, int)]
     for place, (i, kind) in enumerate(fine):
-        scores = ascending[i][kind]
-        candidates = scores[len(scores) - counts[i][kind] : len(scores) - least[i][kind]] / cost[i][kind]
-        prices.append(candidates)
-        owners.append(np.full(len(candidates), place))
+        scores, sizes = _removable(budget, counts, ascending, i, kind)
+        prices.append(scores / (sizes * cost[i][kind]))
+        owners.append(np.full(len(scores), place))
     for place in np.concatenate(owners)[np.argsort(np.concatenate(prices), kind="stable")].tolist():
         if excess <= 0:
             break
         i, kind = fine[place]
-        counts[i][kind] -= 1
-        excess -= cost[i][kind]
-    # Where a whole group had to go, what was removed before it may fit again.
+        excess -= _remove(budget, counts, i, kind) * cost[i][kind]
+
+
+def _give_back(
+    budget: UnitBudget,
+    counts: Counts,
+    ascending: Sequence[Mapping[str, Floats]],
+    limits: Sequence[Limit],
+) -> None:
+    """Where a whole group had to go, what was removed before it may fit again."""
     gone = [
         (float(ascending[i][kind][n - counts[i][kind] - 1]), i, kind)
         for i, layer in enumerate(budget.current)
         for kind, n in layer.items()
         if n > counts[i][kind]
     ]
+    slack = [limit.target - budget.amount(limit, counts) for limit in limits]
     for _, i, kind in sorted(gone, key=lambda unit: -unit[0]):
-        room = min(-excess // cost[i][kind], budget.current[i][kind] - counts[i][kind])
-        counts[i][kind] += room
-        excess += room * cost[i][kind]
-    return counts
+        before, most = counts[i][kind], budget.current[i][kind]
+        costs = [limit.cost[i][kind] for limit in limits]
+        room = min((left // cost for left, cost in zip(slack, costs, strict=True) if cost), default=most)
+        count = min(most, before + room)
+        counts[i][kind] = count if count == most else count - count % budget.step(kind)
+        slack = [left - (counts[i][kind] - before) * cost for left, cost in zip(slack, costs, strict=True)]
 
 
 def bundle_importance(importance: Floats, lanes: int) -> Floats:

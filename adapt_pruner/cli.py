@@ -19,7 +19,14 @@ from rich.console import Console
 
 from adapt_pruner import __version__
 from adapt_pruner.assets import AssetError, resolve_model
-from adapt_pruner.config import ApplyConfig, BenchConfig, EvaluateConfig, InspectConfig, PruneConfig
+from adapt_pruner.config import (
+    ApplyConfig,
+    BenchConfig,
+    EvaluateConfig,
+    InspectConfig,
+    MissingSetting,
+    PruneConfig,
+)
 from adapt_pruner.kernels import BackendUnavailable
 from adapt_pruner.report import console as show
 
@@ -114,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("adapt-pruner: interrupted; --resume goes on with an unfinished run", file=sys.stderr)
         return 130
-    except _WrongUsage as error:
+    except (_WrongUsage, MissingSetting) as error:
         print(f"adapt-pruner: error: {error}; see adapt-pruner {parsed.command} --help", file=sys.stderr)
         return 2
     except (ValueError, OSError, AssetError, BackendUnavailable) as error:
@@ -216,13 +223,16 @@ def _evaluate(arguments: Namespace) -> Shown:
 
 
 def _inspect(arguments: Namespace) -> Shown:
-    from adapt_pruner.inspection import inspect_model, ratios
+    from adapt_pruner.inspection import inspect_model, limits_of_run, ratios
 
     after, before = inspect_model(_config(InspectConfig, arguments))
+    limits = limits_of_run(arguments.model)
     result: dict[str, Any] = {"model": after.to_dict()}
     if before:
         result |= {"before": before.to_dict(), "ratios": ratios(after, before)}
-    return result, lambda console: show.show_inspected(console, after, before)
+    if limits:
+        result["limits"] = limits
+    return result, lambda console: show.show_inspected(console, after, before, limits)
 
 
 def _bench(arguments: Namespace) -> Shown:

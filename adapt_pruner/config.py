@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 RIDGE = 0.3  # on top of the diagonal of second moments of inputs, as a fraction of it
-_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9}
+
+_COUNTS = {"k": 10**3, "m": 10**6, "b": 10**9}
+_FLOPS = {**_COUNTS, "g": 10**9, "t": 10**12}
+_BYTES = {"b": 1}
+for _power, _prefix in enumerate("kmgt", 1):
+    _BYTES |= {f"{_prefix}b": 1000**_power, f"{_prefix}ib": 1024**_power}
+_PICOSECONDS = {"s": 10**12, "ms": 10**9, "us": 10**6}
+
+
+class MissingSetting(ValueError):
+    """A setting that has no default, or one of several of which at least one must be given."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +28,18 @@ class PruneConfig:
 
     Args:
         model: directory of a Hugging Face model, name of a built-in model, or name on the hub.
-        target: what to keep: a fraction of the parameters (0.8) or a count of parameters (108M).
+        target: what to keep: a fraction of the parameters (0.8) or a count of parameters (108M). Of this and
+            the other targets at least one is needed, and all that are given are met.
         output: run directory to create.
+        target_flops: FLOPs of the forward pass of one token at the end of target_context tokens, as a
+            fraction of those before or a count (1.2G).
+        target_kv_cache: bytes of the KV cache of target_context tokens, as a fraction or a size (64MB); only
+            whole KV groups make it smaller.
+        target_latency: time of a forward pass of latency_batch sequences of latency_tokens tokens, measured
+            on the device, as a fraction or a time (50ms). Such a run is not repeated bit by bit.
+        target_context: tokens that target_flops and target_kv_cache are about.
+        latency_batch: sequences of the measured pass.
+        latency_tokens: tokens of each.
         target_of: what the target refers to: all parameters, or those outside embedding and head.
         method: preset of the settings below that are the method's if not given; `adapt-pruner methods` lists
             them.
@@ -38,6 +60,7 @@ class PruneConfig:
         attention_rate: the multiple of a layer's sparsity that its attention units lose, 0 for none. The
             allocations global and threshold divide the price of a unit by it.
         mlp_rate: the same for channels and experts.
+        round_to: every layer keeps a multiple of so many channels, or all that it had.
         iterations: pruning rounds that would remove everything; each removes 1/iterations on average. 50 in
             adapt-pruner; one-shot methods ignore it.
         amplitude: how far a layer's share of a round may differ from the average.
@@ -74,9 +97,15 @@ class PruneConfig:
     """
 
     model: str
-    target: float | str
-    output: str
+    target: float | str | None = None
+    output: str = ""
     target_of: Literal["all", "non-embedding"] = "all"
+    target_flops: float | str | None = None
+    target_kv_cache: float | str | None = None
+    target_latency: float | str | None = None
+    target_context: int = 1024
+    latency_batch: int = 1
+    latency_tokens: int = 128
     method: str = "adapt-pruner"
     estimator: str | None = None
     allocation: Literal["adaptive", "uniform", "global", "threshold", "search", "reference"] | None = None
@@ -86,6 +115,7 @@ class PruneConfig:
     mlp_granularity: Literal["channel", "expert"] = "channel"
     attention_rate: float | None = None
     mlp_rate: float | None = None
+    round_to: int = 1
     iterations: int | None = None
     amplitude: float = 0.02
     search_evaluations: int = 100
@@ -109,8 +139,13 @@ class PruneConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        parse_target(self.target)
-        for name in ("iterations", "search_evaluations", "num_sequences", "micro_batch_size"):
+        if not self.output:
+            raise MissingSetting("output is missing: expected the run directory to create")
+        if not self.targets():
+            raise MissingSetting(f"target is missing: expected at least one of {', '.join(_TARGETS)}")
+        for name in ("target_context", "latency_batch", "latency_tokens"):
+            _require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
+        for name in ("round_to", "iterations", "search_evaluations", "num_sequences", "micro_batch_size"):
             value = getattr(self, name)
             _require(name, value, "at least 1", value is None or value >= 1)
         carry = self.carry_over
@@ -134,6 +169,11 @@ class PruneConfig:
             expected = f"at least {self.num_sequences} (num_sequences), or gradients other than 'fused'"
             _require("micro_batch_size", size, expected, size >= self.num_sequences)
 
+    def targets(self) -> dict[str, float | int]:
+        """The targets that are given, by name, as `parse_amount` reads them."""
+        given = {name: getattr(self, name) for name in _TARGETS}
+        return {name: parse_amount(name, value) for name, value in given.items() if value is not None}
+
 
 def parse_target(target: float | str) -> float | int:
     """A fraction in (0, 1] as a float, or a count of parameters as an int ("108M", "1.2B", 500000).
@@ -141,19 +181,40 @@ def parse_target(target: float | str) -> float | int:
     Raises:
         ValueError: neither.
     """
-    text = str(target).strip().replace("_", "").replace(",", "")
-    scale = _SUFFIXES.get(text[-1:].upper(), 0)
+    return parse_amount("target", target)
+
+
+_TARGETS: dict[str, tuple[Mapping[str, int], str]] = {
+    "target": (_COUNTS, "a count of parameters such as 108M or 1.2B"),
+    "target_flops": (_FLOPS, "a count of FLOPs such as 500M or 1.2G"),
+    "target_kv_cache": (_BYTES, "a size such as 64MB or 64MiB"),
+    "target_latency": (_PICOSECONDS, "a time such as 50ms or 0.05s"),
+}
+
+
+def parse_amount(name: str, value: float | str) -> float | int:
+    """What a target setting asks for: a fraction in (0, 1] as a float, or an amount as an int.
+
+    Amounts are counts, bytes and for `target_latency` picoseconds, which need their unit.
+
+    Raises:
+        ValueError: neither.
+    """
+    units, example = _TARGETS[name]
+    text = str(value).strip().replace("_", "").replace(",", "")
+    match = re.fullmatch(r"(.*?)\s*([a-z]*)", text, re.IGNORECASE)
+    unit = match[2].lower() if match else ""
     try:
-        value = float(text[:-1]) * scale if scale else float(text)
+        number = float(text if unit not in units else text[: -len(unit)])
     except ValueError:
-        value = math.nan
-    if not scale and 0 < value <= 1:
-        return value
-    if value > 1 and math.isfinite(value) and (scale or value.is_integer()):
-        return round(value)
-    raise ValueError(
-        f"target is {target!r}, expected a fraction in (0, 1] or a count of parameters such as 108M or 1.2B"
-    )
+        number = math.nan
+    if unit not in units and 0 < number <= 1:
+        return number
+    amount = number * units.get(unit, 1)
+    whole = unit in units or (number.is_integer() and units is not _PICOSECONDS)
+    if amount > 1 and math.isfinite(amount) and whole:
+        return round(amount)
+    raise ValueError(f"{name} is {value!r}, expected a fraction in (0, 1] or {example}")
 
 
 def _require(name: str, value: Any, expected: str, holds: bool) -> None:

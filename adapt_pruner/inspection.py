@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from adapt_pruner.plan import PruningPlan
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One decoder layer: widths, parameters, forward FLOPs per token, KV-cache bytes per token."""
+    """One decoder layer: widths, parameters, forward FLOPs per token, KV-cache bytes per token and in all."""
 
     widths: LayerWidths
     parameters: int
     flops_per_token: int
     kv_cache_bytes_per_token: int
+    kv_cache_bytes: int
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,9 @@ class ModelSummary:
     """A whole model.
 
     A multiply-add counts as two FLOPs. `flops_per_token` is the forward pass for one token at the end of
-    `context` tokens, the head included and the embedding lookup not. `removed_layers` are those of the model
-    before pruning that are gone as a whole, where it is compared with that.
+    `context` tokens, the head included and the embedding lookup not. `kv_cache_bytes` is the cache of one
+    sequence of `context` tokens; a layer with a sliding window keeps no more than that. `removed_layers` are
+    those of the model before pruning that are gone as a whole, where it is compared with that.
     """
 
     model_type: str
@@ -42,6 +45,7 @@ class ModelSummary:
     non_embedding_parameters: int
     flops_per_token: int
     kv_cache_bytes_per_token: int
+    kv_cache_bytes: int
     layers: tuple[LayerSummary, ...]
     removed_layers: tuple[int, ...] = ()
 
@@ -71,10 +75,7 @@ def summarize(model: str | Path, *, context: int = 1024) -> ModelSummary:
     for info in checkpoint.tensors.values():
         dtypes[info.dtype] += info.numel
     dtype = dtypes.most_common(1)[0][0]
-    # Layers that look at a sliding window alone, where the config lists them.
-    types = checkpoint.config.get("layer_types") or ["full_attention"] * len(widths)
-    window = checkpoint.config.get("sliding_window") or context
-    windows = [window if kind == "sliding_attention" else context for kind in types]
+    windows = attended_tokens(checkpoint.config, len(widths), context)
     layers = []
     for i, layer in enumerate(widths):
         prefix = family.layer_prefix.format(layer=i) + "."
@@ -88,13 +89,14 @@ def summarize(model: str | Path, *, context: int = 1024) -> ModelSummary:
         )
         if experts:  # a token goes through some of them alone
             matrices -= experts // layer.num_experts * (layer.num_experts - layer.experts_per_token)
-        attention = 4 * layer.num_attention_heads * layer.head_dim * min(context, windows[i])
+        cached = 2 * layer.num_key_value_heads * layer.head_dim * DTYPE_BYTES[dtype]
         layers.append(
             LayerSummary(
                 layer,
                 sum(t.numel for t in weights.values()),
-                2 * matrices + attention,
-                2 * layer.num_key_value_heads * layer.head_dim * DTYPE_BYTES[dtype],
+                2 * matrices + 4 * layer.num_attention_heads * layer.head_dim * windows[i],
+                cached,
+                cached * windows[i],
             )
         )
     head = next(numel[name] for name in reversed(family.embeddings) if name in numel)
@@ -106,8 +108,28 @@ def summarize(model: str | Path, *, context: int = 1024) -> ModelSummary:
         checkpoint.num_parameters - embeddings,
         sum(layer.flops_per_token for layer in layers) + 2 * head,
         sum(layer.kv_cache_bytes_per_token for layer in layers),
+        sum(layer.kv_cache_bytes for layer in layers),
         tuple(layers),
     )
+
+
+def attended_tokens(config: Mapping[str, Any], num_layers: int, context: int) -> list[int]:
+    """Per layer, how many of `context` tokens the last one attends to and the cache keeps."""
+    # Layers that look at a sliding window alone, where the config lists them.
+    types = config.get("layer_types") or ["full_attention"] * num_layers
+    window = config.get("sliding_window") or context
+    return [min(context, window) if kind == "sliding_attention" else context for kind in types]
+
+
+def limits_of_run(run: str | Path) -> dict[str, dict[str, float]]:
+    """What a run directory reports of each limited resource: before, target and after; else nothing."""
+    metrics = Path(run) / "metrics.json"
+    if not metrics.exists():
+        return {}
+    resources: dict[str, dict[str, float]] = json.loads(metrics.read_text(encoding="utf-8")).get(
+        "resources", {}
+    )
+    return resources
 
 
 def inspect_model(config: InspectConfig) -> tuple[ModelSummary, ModelSummary | None]:
@@ -153,5 +175,6 @@ def ratios(after: ModelSummary, before: ModelSummary) -> dict[str, float]:
         "non_embedding_parameters",
         "flops_per_token",
         "kv_cache_bytes_per_token",
+        "kv_cache_bytes",
     )
     return {key: getattr(after, key) / getattr(before, key) for key in keys}

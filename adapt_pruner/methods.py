@@ -187,6 +187,12 @@ def find_method(name: str) -> Method:
     raise ValueError(f"method is {name!r}, expected one of {[m.name for m in METHODS]}")
 
 
+def _require_target_of_parameters(config: PruneConfig, what: str) -> None:
+    """That there is a target for parameters and none for anything else."""
+    if others := sorted(set(config.targets()) - {"target"}):
+        raise ValueError(f"{what} lands on parameters alone: expected a target and no {', '.join(others)}")
+
+
 def _refuse_unit_settings(config: PruneConfig) -> None:
     given = {name: getattr(config, name) for name in _OF_UNITS if name != "granularity"}
     given["compensation"] = None if config.compensation == "none" else config.compensation
@@ -215,6 +221,7 @@ def resolve(
     whole_layers = (config.granularity or method.granularity) == "layer"
     if whole_layers:
         _refuse_unit_settings(config)
+        _require_target_of_parameters(config, "granularity 'layer'")
         preset |= {**dict.fromkeys(("estimator", "allocation", "gqa_credit")), "compensation": "none"}
     settings = {
         field.name: preset[field.name]
@@ -224,6 +231,8 @@ def resolve(
     resolved = dataclasses.replace(config, **settings)
     if whole_layers:
         return resolved, None
+    if resolved.allocation == "search":
+        _require_target_of_parameters(config, "allocation 'search'")
     named, own = resolved.estimator, method.estimator
     if named is None:
         raise ValueError(f"{method.name} removes whole layers: expected granularity layer, or an estimator")
@@ -248,6 +257,9 @@ def resolve_dimensions(config: PruneConfig, method: Method) -> PruneConfig:
             f"{name} is {getattr(config, name)!r}, but {method.name} removes dimensions of hidden states, "
             "not units of layers: expected it not to be given"
         )
+    _require_target_of_parameters(config, method.name)
+    if config.round_to != 1:
+        raise ValueError(f"round_to is {config.round_to}, but {method.name} removes no channels: expected 1")
     return _of_method(config, method)
 
 
@@ -283,6 +295,8 @@ def require_experts_supported(config: PruneConfig, estimator: Estimator) -> None
         )
     elif config.gradients == "fused":
         problem = "gradients 'fused' needs linear layers, and experts are none: expected 'materialised'"
+    elif others := sorted({"target_flops", "target_latency"} & set(config.targets())):
+        problem = f"{others[0]} is not known to be linear in its units: expected none"
     elif config.allocation == "search":
         problem = "allocation 'search' measures losses without units of linear layers: expected another one"
     elif whole and config.allocation == "reference":

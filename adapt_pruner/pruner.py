@@ -9,7 +9,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,9 @@ import numpy as np
 import torch
 
 from adapt_pruner.allocation import (
-    ATTENTION_UNITS,
     Allocation,
     Counts,
     Floats,
-    UnitBudget,
     allocate,
     allocate_as_published,
     allocate_by_rank,
@@ -32,6 +30,7 @@ from adapt_pruner.allocation import (
 )
 from adapt_pruner.allocation_search import Search, allocate_by_search
 from adapt_pruner.assets import resolve_model
+from adapt_pruner.budget import ATTENTION_UNITS, UnitBudget
 from adapt_pruner.checkpoint import (
     Checkpoint,
     atomic_directory,
@@ -59,10 +58,12 @@ from adapt_pruner.families import (
     unit_costs,
     unit_counts,
 )
+from adapt_pruner.latency import Keep, Latency, usage
 from adapt_pruner.layer_removal import layer_parameters, removable_parameters, remove_layers
 from adapt_pruner.methods import Method, find_method, parse_layers, require_experts_supported, resolve
 from adapt_pruner.plan import Indices, PruningPlan
 from adapt_pruner.report.plots import plot_run
+from adapt_pruner.resources import Resource, find_resources
 from adapt_pruner.run import RunDirectory
 from adapt_pruner.scoring import Estimator, Scores
 from adapt_pruner.scoring.gram import column_weights
@@ -75,13 +76,17 @@ SEARCHED = 64  # calibration sequences that the allocation search measures losse
 
 @dataclass(frozen=True)
 class IterationReport:
-    """Where a run stands after an iteration: loss in nats per token, parameters before, now and asked for."""
+    """Where a run stands after an iteration: loss in nats per token, parameters before, now and asked for.
+
+    `resources` has "before", "after" (now) and "target" of each other limited resource, latency in seconds.
+    """
 
     iteration: int
     loss: float
     parameters_before: int
     parameters: int
-    parameters_target: int
+    parameters_target: int | None
+    resources: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 OnIteration = Callable[[IterationReport], None]
@@ -103,7 +108,7 @@ class PruneResult:
 def prune(
     config: PruneConfig, *, method: Method | None = None, on_iteration: OnIteration | None = None
 ) -> PruneResult:
-    """Prunes a model to a parameter budget and writes a run directory.
+    """Prunes a model to a budget of parameters or other resources and writes a run directory.
 
     What headers and text tell is checked before any weight is loaded, and the weights before the run
     directory is made. The run can be killed at any moment; with `resume` it goes on behind the last finished
@@ -140,7 +145,8 @@ def prune(
     floor = budget.floor + added
     if granularity == "layer":
         floor = budget.num_parameters - removable_parameters(sizes, budget.protected)
-    target = resolve_target(config, budget, embeddings, floor=floor)
+    target = resolve_target(config, budget, embeddings, floor=floor, added=added)
+    resources = find_resources(config, checkpoint, family, budget)
     output = Path(config.output)
     RunDirectory(output).check(config, resume=config.resume)
     if RunDirectory(output).complete:
@@ -155,11 +161,13 @@ def prune(
         backend=config.backend,
         granularity=granularity,
         mlp_granularity=config.mlp_granularity,
-        output_biases=config.compensation == "bias" and target < checkpoint.num_parameters,
+        output_biases=config.compensation == "bias" and target != checkpoint.num_parameters,
     )
     run = RunDirectory.open(output, config, resume=config.resume)
     try:
-        _prune(config, estimator, run, engine, tokens, budget, sizes, embeddings, target, on_iteration)
+        _prune(
+            config, estimator, run, engine, tokens, budget, sizes, embeddings, target, resources, on_iteration
+        )
         return _result(run)
     finally:
         run.close()
@@ -172,16 +180,21 @@ def _with_prefix(config: PruneConfig, checkpoint: Checkpoint) -> PruneConfig:
     return dataclasses.replace(config, prefix_bos=prefix_token(_tokenizer(checkpoint), None) is not None)
 
 
-def resolve_target(config: PruneConfig, budget: UnitBudget, embeddings: int, *, floor: int) -> int:
-    """The target as a count of all parameters.
+def resolve_target(
+    config: PruneConfig, budget: UnitBudget, embeddings: int, *, floor: int, added: int = 0
+) -> int:
+    """The target as a count of all parameters: all there are if there is only a target for something else.
 
     Args:
         budget: of the model before pruning.
         embeddings: its parameters in embedding and head.
         floor: what it has at least once anything is pruned.
+        added: what it gets in addition.
     Raises:
         ValueError: more than the model has, or less than what stays whatever the target.
     """
+    if config.target is None:
+        return budget.num_parameters + added
     base = embeddings if config.target_of == "non-embedding" else 0
     now = budget.num_parameters - base
     floor = min(now, floor - base)
@@ -190,7 +203,8 @@ def resolve_target(config: PruneConfig, budget: UnitBudget, embeddings: int, *, 
     if not floor <= target <= now:
         stays = [f"all of {kind} ({_rate_of(kind)} 0)" for kind, rate in budget.rates.items() if rate == 0]
         stays += [f"layers {config.protected_layers} (protected)"] if budget.protected else []
-        first = "one layer leaves" if config.granularity == "layer" else "one unit per layer leaves"
+        unit = "one unit" if config.round_to == 1 else f"one unit, {config.round_to} channels,"
+        first = "one layer leaves" if config.granularity == "layer" else f"{unit} per layer leaves"
         least = " beside ".join([first, *stays])
         relation = "above the current size" if target > now else f"below what {least}"
         raise ValueError(
@@ -210,14 +224,17 @@ def _header_budget(checkpoint: Checkpoint, family: Family) -> tuple[UnitBudget, 
     return UnitBudget(counts, counts, costs, checkpoint.num_parameters), embeddings
 
 
-def _restricted(config: PruneConfig, budget: UnitBudget) -> UnitBudget:
-    """The budget with what the settings say may go, and how fast."""
+def _restricted(config: PruneConfig, budget: UnitBudget, resources: tuple[Resource, ...] = ()) -> UnitBudget:
+    """The budget with what the settings say may go, how fast, and what else is limited."""
     protected = parse_layers(config.protected_layers or "none", len(budget.initial))
     rates = {
         kind: getattr(config, _rate_of(kind))
         for kind in sorted({k for layer in budget.initial for k in layer})
     }
-    return dataclasses.replace(budget, protected=protected, rates=rates)
+    limits = tuple(resource.limit(budget) for resource in resources)
+    return dataclasses.replace(
+        budget, protected=protected, rates=rates, round_to=config.round_to, limits=limits
+    )
 
 
 def _rate_of(kind: str) -> str:
@@ -295,6 +312,7 @@ def _prune(
     sizes: list[int],
     embeddings: int,
     target: int,
+    resources: tuple[Resource, ...],
     on_iteration: OnIteration | None,
 ) -> None:
     units = unit_counts(engine.family, engine.widths)
@@ -311,6 +329,9 @@ def _prune(
     earlier: Scores | None = None
     iteration = 0
     state = run.load_state()
+    latency = None
+    if config.target_latency is not None:
+        latency = Latency(config, engine, budget, state["latency"] if state else None)
     if state is not None:
         iteration = state["iteration"]
         sparsity = np.array(state["sparsity"])
@@ -328,7 +349,14 @@ def _prune(
             earlier = Scores.from_tensors(tensors, engine.model.device)
     run.log("resumed" if state else "started", iteration=iteration, parameters=engine.num_parameters)
     with _deterministic(engine.model.device):
-        while engine.num_parameters > target:
+        while True:
+            now = None
+            if estimator is not None:
+                now = _restricted(config, engine.budget(budget.initial), resources)
+                if not (latency.limited(now) if latency else now).over(now.current, target):
+                    break
+            elif engine.num_parameters <= target:
+                break
             iteration += 1
             if estimator is None:
                 record, plan = remove_layers(
@@ -342,9 +370,11 @@ def _prune(
                     iteration=iteration,
                 )
             else:
+                assert now is not None
                 record, keep, sparsity, earlier = _iterate(
-                    config, estimator, engine, tokens, budget.initial, sparsity, target, iteration, earlier
-                )
+                    config, estimator, engine, tokens, now, sparsity, target, resources, latency, iteration,
+                    earlier,
+                )  # fmt: skip
                 plan = dataclasses.replace(
                     plan,
                     keep_indices=tuple(
@@ -352,22 +382,32 @@ def _prune(
                         for old, new in zip(plan.keep_indices, keep, strict=True)
                     ),
                 )
+            progress = {"sparsity": sparsity.tolist(), "plan": plan.to_json()}
             run.save_iteration(
                 iteration,
                 record,
-                {"sparsity": sparsity.tolist(), "plan": plan.to_json()},
+                progress | ({"latency": latency.state()} if latency else {}),
                 _column_tensors(config, engine) | (earlier.tensors() if earlier else {}),
             )
             run.log("iteration", **{key: record[key] for key in ("iteration", "loss", "parameters")})
             if on_iteration:
                 on_iteration(
                     IterationReport(
-                        iteration, record["loss"], budget.num_parameters, record["parameters"], target
+                        iteration,
+                        record["loss"],
+                        budget.num_parameters,
+                        record["parameters"],
+                        None if config.target is None else target,
+                        record.get("resources", {}),
                     )
                 )
     plan.save(run.plan)
     records = run.iterations()
-    write_json(run.metrics, _metrics(engine, budget, embeddings, target, records))
+    used = usage(resources, latency, now) if now else {}
+    write_json(
+        run.metrics,
+        _metrics(engine, budget, embeddings, None if config.target is None else target, used, records),
+    )
     if records:
         plot_run(records, run.path / "widths.png", initial=units)
     if not run.model.exists():
@@ -382,9 +422,11 @@ def _iterate(
     estimator: Estimator,
     engine: InMemoryEngine,
     tokens: TokenizedDocuments,
-    initial: tuple[dict[str, int], ...],
+    budget: UnitBudget,
     sparsity: Floats,
     target: int,
+    resources: tuple[Resource, ...],
+    latency: Latency | None,
     iteration: int,
     earlier: Scores | None = None,
 ) -> tuple[dict[str, Any], tuple[dict[str, Indices], ...], Floats, Scores | None]:
@@ -420,14 +462,17 @@ def _iterate(
         {kind: bundle_importance(values, layer_lanes[kind]) for kind, values in layer.items()}
         for layer, layer_lanes in zip(scores.unit_importance, lanes, strict=True)
     )
-    budget = _restricted(config, engine.budget(initial))
     rows = engine.widths[0].head_dim
 
-    def kept(counts: Counts) -> tuple[dict[str, Indices], ...]:
+    def kept(counts: Counts) -> Keep:
         return tuple(
             {kind: select_units(importance[kind], count, layer_lanes[kind]) for kind, count in layer.items()}
             for importance, layer, layer_lanes in zip(scores.unit_importance, counts, lanes, strict=True)
         )
+
+    def choose(budget: UnitBudget) -> tuple[Allocation, Keep]:
+        allocation = _allocate(config, budget, sparsity, layer_importance, bundled, target, rows)
+        return allocation, kept(allocation.counts)
 
     search: Search | None = None
     if config.allocation == "search":
@@ -444,9 +489,9 @@ def _iterate(
                 evaluations=config.search_evaluations,
                 seed=(config.seed, iteration),
             )
+        keep = kept(allocation.counts)
     else:
-        allocation = _allocate(config, budget, sparsity, layer_importance, bundled, target, rows)
-    keep = kept(allocation.counts)
+        allocation, keep = latency.settle(budget, target, choose, engine) if latency else choose(budget)
     clock.append(time.perf_counter())
     widths = engine.widths
     engine.remove_units(
@@ -460,6 +505,7 @@ def _iterate(
         "iteration": iteration,
         "loss": scores.loss,
         "parameters": engine.num_parameters,
+        "resources": usage(resources, latency, dataclasses.replace(budget, current=allocation.counts)),
         "landed": allocation.landed,
         "sparsity": allocation.sparsity.tolist(),
         "layer_importance": scores.layer_importance.tolist(),
@@ -519,7 +565,8 @@ def _metrics(
     engine: InMemoryEngine,
     budget: UnitBudget,
     embeddings: int,
-    target: int,
+    target: int | None,
+    used: dict[str, dict[str, float]],
     records: list[dict[str, Any]],
 ) -> dict[str, Any]:
     before, after = budget.num_parameters, engine.num_parameters
@@ -527,7 +574,8 @@ def _metrics(
         "parameters_before": before,
         "parameters_target": target,
         "parameters_after": after,
-        "parameters_below_target": target - after,
+        "parameters_below_target": None if target is None else target - after,
+        "resources": used,
         "non_embedding_before": before - embeddings,
         "non_embedding_after": after - embeddings,
         "iterations": len(records),

@@ -139,6 +139,7 @@ def _land(
     now = num_parameters - (0 if counted else embeddings)
     narrowest = (1,) * len(budget.per_dimension)
     floor = budget.parameters(narrowest, embeddings=counted)
+    assert config.target is not None  # resolved
     value = parse_target(config.target)
     target = int(value * now) if isinstance(value, float) else value
     if not floor <= target <= now:

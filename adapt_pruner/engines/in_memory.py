@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from adapt_pruner.allocation import Counts, UnitBudget
+from adapt_pruner.budget import Counts, UnitBudget
 from adapt_pruner.checkpoint import Checkpoint, CheckpointError, copy_side_files, open_checkpoint
 from adapt_pruner.compensation import (
     add_output_biases,
@@ -226,6 +227,22 @@ class InMemoryEngine:
             result.append(prune_layer(*what, backend=self._backend))
             replace_weights(self.model, compensated)
         self.widths = tuple(result)
+
+    def copy(self, keep: Sequence[Mapping[str, Indices]] | None = None) -> PreTrainedModel:
+        """A model like this one, of the same tensors where nothing goes.
+
+        Args:
+            keep: the units that stay, as in `remove_units`, of as many layers as the copy shall have.
+        """
+        shared = {id(p): p for p in self.model.parameters()}
+        model = copy.deepcopy(self.model, dict(shared))
+        if keep is not None:
+            owner, _, name = self.family.layers_module.rpartition(".")
+            layers: Any = model.get_submodule(self.family.layers_module)
+            setattr(model.get_submodule(owner), name, layers[: len(keep)])
+            for layer, layer_keep in enumerate(keep):
+                prune_layer(model, self.family, layer, self.widths[layer], layer_keep, backend=self._backend)
+        return model
 
     def column_tensors(self) -> dict[str, Tensor]:
         """What compensation changes: every down_proj and o_proj as it is now, or their biases alone."""

@@ -30,14 +30,14 @@ class PruningBar:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("loss {task.fields[loss]} | {task.fields[parameters]} parameters"),
+            TextColumn("loss {task.fields[loss]} | {task.fields[left]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
             speed_estimate_period=float("inf"),  # iterations may take minutes
         )
-        self._task = self._progress.add_task("", total=None, loss="-", parameters="-")
+        self._task = self._progress.add_task("", total=None, loss="-", left="-")
 
     def __enter__(self) -> PruningBar:
         return self
@@ -48,11 +48,23 @@ class PruningBar:
         self._progress.stop()
 
     def update(self, report: IterationReport) -> None:
-        """Shows where the run stands; the total is what has to be removed."""
+        """Shows where the run stands, as what is furthest from its target does."""
+        used: dict[str, dict[str, float]] = dict(report.resources)
+        if report.parameters_target is not None:
+            used["parameters"] = {
+                "before": report.parameters_before,
+                "target": report.parameters_target,
+                "after": report.parameters,
+            }
+        others = "".join(
+            f", {_resource(name)} {_amount(name, u['after'])} (target {_amount(name, u['target'])})"
+            for name, u in report.resources.items()
+        )
         if not self._console.is_terminal:
+            target = f" (target {report.parameters_target:,})" if "parameters" in used else ""
             print(
-                f"iteration {report.iteration}: loss {report.loss:.3f}, {report.parameters:,} parameters "
-                f"(target {report.parameters_target:,})",
+                f"iteration {report.iteration}: loss {report.loss:.3f}, {report.parameters:,} parameters"
+                f"{target}{others}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -61,22 +73,46 @@ class PruningBar:
         self._progress.update(
             self._task,
             description=f"iteration {report.iteration}",
-            total=report.parameters_before - report.parameters_target,
-            completed=report.parameters_before - max(report.parameters, report.parameters_target),
+            total=1.0,
+            completed=min(_progress(u) for u in used.values()),
             loss=f"{report.loss:.3f}",
-            parameters=f"{report.parameters:,}",
+            left=f"{report.parameters:,} parameters",
         )
 
 
-def show_pruned(console: Console, result: dict[str, Any]) -> None:
-    table = Table("", "parameters", "of before", title=escape(result["run_directory"]))
-    before = result["parameters_before"]
-    for row in ("before", "target", "after"):
-        count = result[f"parameters_{row}"]
-        table.add_row(row, f"{count:,}", f"{count / before:.2%}")
+def _progress(used: dict[str, float]) -> float:
+    """Fraction of what has to go that is gone."""
+    excess = used["before"] - used["target"]
+    return min(1.0, (used["before"] - used["after"]) / excess) if excess > 0 else 1.0
+
+
+def _resource(name: str) -> str:
+    return {"flops": "FLOPs", "kv_cache_bytes": "KV bytes"}.get(name, name)
+
+
+def _amount(name: str, value: float) -> str:
+    return f"{value * 1e3:.3f} ms" if name == "latency" else f"{value:,}"
+
+
+def show_limits(console: Console, resources: dict[str, dict[str, float]], title: str | None = None) -> None:
+    """What is limited: before, target, after, and what is left of it."""
+    table = Table("", "before", "target", "after", "of before", title=title)
+    for name, used in resources.items():
+        cells = [
+            _amount(name, used[key]) if used[key] is not None else "-"
+            for key in ("before", "target", "after")
+        ]
+        table.add_row(_resource(name), *cells, f"{used['after'] / used['before']:.2%}")
     console.print(table)
+
+
+def show_pruned(console: Console, result: dict[str, Any]) -> None:
+    parameters = {key: result[f"parameters_{key}"] for key in ("before", "target", "after")}
+    show_limits(console, {"parameters": parameters, **result["resources"]}, escape(result["run_directory"]))
+    below = result["parameters_below_target"]
     console.print(
-        f"{result['parameters_below_target']:,} below the target after {result['iterations']} iterations, "
+        f"{'' if below is None else f'{below:,} parameters below the target after '}"
+        f"{result['iterations']} iterations, "
         f"{result['seconds']:.0f} s, peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB"
     )
 
@@ -127,7 +163,12 @@ def _with_error(value: float | None, error: float | None) -> str:
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
-def show_inspected(console: Console, after: ModelSummary, before: ModelSummary | None) -> None:
+def show_inspected(
+    console: Console,
+    after: ModelSummary,
+    before: ModelSummary | None,
+    limits: dict[str, dict[str, float]],
+) -> None:
     def cell(now: LayerSummary, was: LayerSummary | None, key: str) -> str:
         width = str(getattr(now.widths, key))
         return f"{getattr(was.widths, key)} → {width}" if was else width
@@ -155,7 +196,13 @@ def show_inspected(console: Console, after: ModelSummary, before: ModelSummary |
         )
     console.print(table)
     totals = Table("total", *(["before"] if before else []), "after" if before else "", "")
-    for key in ("parameters", "non_embedding_parameters", "flops_per_token", "kv_cache_bytes_per_token"):
+    for key in (
+        "parameters",
+        "non_embedding_parameters",
+        "flops_per_token",
+        "kv_cache_bytes_per_token",
+        "kv_cache_bytes",
+    ):
         now = getattr(after, key)
         if before:
             was = getattr(before, key)
@@ -163,8 +210,10 @@ def show_inspected(console: Console, after: ModelSummary, before: ModelSummary |
         else:
             totals.add_row(key.replace("_", " "), f"{now:,}", "")
     console.print(totals)
+    if limits:
+        show_limits(console, limits, "limits of the run")
     console.print(
-        f"{after.model_type}, {after.dtype}; per token, FLOPs at a context of {after.context} tokens"
+        f"{after.model_type}, {after.dtype}; FLOPs of a token and KV cache at a context of {after.context}"
     )
 
 

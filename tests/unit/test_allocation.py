@@ -645,3 +645,82 @@ def test_lanes_lose_their_own_least_important_units():
     # What goes first costs 1 + 2, then 3 + 4, then 5 + 9.
     assert bundle_importance(scores, 2).tolist() == [3.0, 7.0, 14.0]
     assert bundle_importance(scores, 1) is scores
+
+
+# Channels in steps
+
+
+def smollm2() -> UnitBudget:
+    """Units and parameters of SmolLM2-135M."""
+    layers = tuple({"kv_group": 3, "channel": 1536} for _ in range(30))
+    cost = tuple({"kv_group": 8 * 64 * 576, "channel": 3 * 576} for _ in range(30))
+    return UnitBudget(layers, layers, cost, 134_515_008)
+
+
+def random_run(allocation, budget, target, rng, *, iterations, limit=600):
+    """A run over random importance that changes in every round; returns the last budget and allocation."""
+    sparsity = np.zeros(len(budget.initial))
+    for _ in range(limit):
+        importance = normalize_importance(rng.normal(size=len(budget.initial)))
+        scores = [{kind: rng.random(n) for kind, n in layer.items()} for layer in budget.current]
+        rounds = {"target": target, "iterations": iterations}
+        if allocation == "adaptive":
+            done = allocate(budget, sparsity, importance, scores, amplitude=0.02, **rounds)
+        elif allocation == "uniform":
+            done = allocate_uniform(budget, sparsity, scores, **rounds)
+        else:
+            done = allocate_by_rank(budget, scores, per_parameter=allocation == "global", **rounds)
+        assert done.landed == (not budget.over(done.counts, target))
+        budget = dataclasses.replace(
+            budget,
+            current=done.counts,
+            num_parameters=budget.parameters(done.counts),
+            limits=tuple(
+                dataclasses.replace(limit, amount=budget.amount(limit, done.counts))
+                for limit in budget.limits
+            ),
+        )
+        sparsity = done.sparsity
+        if done.landed:
+            return budget
+    raise AssertionError("does not terminate")
+
+
+@pytest.mark.parametrize("share", [0.9, 0.8, 0.7, 0.5])
+@pytest.mark.parametrize("step", [64, 128])
+@pytest.mark.parametrize("allocation", ["adaptive", "uniform", "global", "threshold"])
+def test_channels_in_steps_land_within_one_step(allocation, step, share):
+    budget = dataclasses.replace(smollm2(), round_to=step)
+    target = int(share * budget.num_parameters)
+    for iterations in (1, 50):
+        last = random_run(allocation, budget, target, np.random.default_rng(step), iterations=iterations)
+        assert all(layer["channel"] % step == 0 for layer in last.current)
+        assert 0 <= target - last.num_parameters < step * 3 * 576
+
+
+@pytest.mark.parametrize("allocation", ["adaptive", "uniform", "global", "threshold"])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_layer_that_is_no_multiple_keeps_all_or_a_multiple(allocation, seed):
+    rng = np.random.default_rng(seed)
+    layers = [(4, int(n)) for n in rng.integers(5, 90, size=6)]
+    budget = dataclasses.replace(make_budget(layers, group_cost=90), round_to=8)
+    assert [layer["channel"] for layer in budget.least] == [min(n, 8) for _, n in layers]
+    for target in (budget.floor, budget.floor + 700, budget.num_parameters - 300):
+        last = random_run(allocation, budget, target, rng, iterations=4)
+        for (_, initial), layer in zip(layers, last.current, strict=True):
+            assert layer["channel"] == initial or layer["channel"] % 8 == 0 < layer["channel"]
+        assert 0 <= target - last.num_parameters < 90
+
+
+def test_the_step_with_the_least_importance_per_parameter_goes_first():
+    budget = dataclasses.replace(make_budget([(1, 10), (1, 12)], rest=0), round_to=4)
+    # Steps of layer 0: the lowest two (to 8), then four; of layer 1: four and four. The two fit again for 21.
+    first = np.array([9, 9, 1, 3, 3, 3, 3, 3, 9, 9.0])  # (1 + 3) / 2 = 2, then 3
+    second = np.array([2.5] * 4 + [8.0] * 8)  # 2.5, then 8
+    scores = [{"kv_group": np.ones(1), "channel": first}, {"kv_group": np.ones(1), "channel": second}]
+    for removed, expected in ((1, [8, 12]), (20, [8, 12]), (21, [10, 8]), (60, [8, 8]), (61, [4, 8])):
+        target = budget.num_parameters - removed
+        done = allocate(budget, np.zeros(2), np.zeros(2), scores, target=target, iterations=1, amplitude=0)
+        ranked = allocate_by_rank(budget, scores, target=target, iterations=1, per_parameter=True)
+        assert [layer["channel"] for layer in ranked.counts] == expected
+        assert [layer["channel"] for layer in done.counts] == expected

@@ -168,6 +168,7 @@ def test_ratios_are_what_is_left(run_directory):
         "non_embedding_parameters",
         "flops_per_token",
         "kv_cache_bytes_per_token",
+        "kv_cache_bytes",
     }
     assert left["kv_cache_bytes_per_token"] == 10 / 16  # kv_groups
     assert left["parameters"] == pytest.approx(after.parameters / before.parameters)

@@ -135,6 +135,17 @@ def test_what_has_the_rate_zero_loses_nothing(settings, allocation, rate, pruned
     assert 0 <= result.metrics["parameters_below_target"] < one_unit
 
 
+@pytest.mark.parametrize("allocation", ["adaptive", "global", "reference"])
+def test_channels_go_in_steps(settings, allocation):
+    result = prune(settings(round_to=16, allocation=allocation))  # 88 channels are no multiple
+    widths = {len(layer["channel"]) for layer in result.plan.keep_indices}
+    assert widths <= {88, 80, 64, 48, 32, 16}
+    assert len(widths) > 1
+    assert result.metrics["parameters_below_target"] >= 0
+    if allocation != "reference":
+        assert result.metrics["parameters_below_target"] < 16 * CHANNEL
+
+
 def test_what_stays_is_part_of_the_message(settings):
     with pytest.raises(ValueError, match=r"leaves beside all of channel \(mlp_rate 0\): expected 7"):
         prune(settings(mlp_rate=0, target=0.5))
