@@ -248,14 +248,13 @@ def test_other_estimators_score_every_unit(estimator):
 @pytest.mark.parametrize("estimator", ["wanda", "fluctuation"])
 def test_inputs_of_an_expert_are_those_of_its_tokens(estimator):
     model, seen = make_model("qwen3_moe"), []
-    scores = score(
-        model,
-        find_family("qwen3_moe"),
-        widths_of(model),
-        IDS,
-        micro_batch_size=1,
-        estimator=find_estimator(estimator),
-    ).unit_importance
+    how = {"micro_batch_size": 1, "estimator": find_estimator(estimator)}
+
+    def score_channels():
+        scores = score(model, find_family("qwen3_moe"), widths_of(model), IDS, **how)
+        return scores.unit_importance[1]["channel"]
+
+    scores = score_channels()
     experts = model.model.layers[1].mlp.experts
     experts.register_forward_pre_hook(lambda module, args: seen.append(args))
     model(IDS)
@@ -271,20 +270,11 @@ def test_inputs_of_an_expert_are_those_of_its_tokens(estimator):
             expected.append((values - values.mean()) / values.std())
         else:
             expected.append(torch.zeros(16))
-    np.testing.assert_allclose(
-        scores[1]["channel"], torch.cat(expected).detach().numpy(), rtol=1e-3, atol=1e-4
-    )
+    np.testing.assert_allclose(scores, torch.cat(expected).detach().numpy(), rtol=1e-3, atol=1e-4)
     model.model.layers[1].mlp.gate.register_forward_hook(
         lambda module, args, output: (output[0], output[1], torch.zeros_like(output[2]))
     )  # all tokens to one expert
-    alone = score(
-        model,
-        find_family("qwen3_moe"),
-        widths_of(model),
-        IDS,
-        micro_batch_size=1,
-        estimator=find_estimator(estimator),
-    ).unit_importance[1]["channel"]
+    alone = score_channels()
     assert not alone[16:].any()
     assert np.isfinite(alone).all()
     assert alone[:16].any()
