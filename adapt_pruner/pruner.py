@@ -111,10 +111,9 @@ def prune(
     family = family.with_granularity(granularity)
     budget, embeddings = _header_budget(checkpoint, family)
     budget = _protecting(config, budget)
-    added = _added_parameters(config, checkpoint, family)
-    sizes = layer_parameters(checkpoint, family)
-    floor = budget.floor + added
+    floor = budget.floor + _added_parameters(config, checkpoint, family)
     if granularity == "layer":
+        sizes = layer_parameters(checkpoint, family)
         floor = budget.num_parameters - removable_parameters(sizes, budget.protected)
     target = resolve_target(config, budget, embeddings, floor=floor)
     output = Path(config.output)
@@ -134,7 +133,7 @@ def prune(
     )
     run = RunDirectory.open(output, config, resume=config.resume)
     try:
-        _prune(config, estimator, run, engine, tokens, budget, sizes, embeddings, target, on_iteration)
+        _prune(config, estimator, run, engine, tokens, budget, embeddings, target, on_iteration)
         return _result(run)
     finally:
         run.close()
@@ -238,7 +237,6 @@ def _prune(
     engine: InMemoryEngine,
     tokens: TokenizedDocuments,
     budget: UnitBudget,
-    sizes: list[int],
     embeddings: int,
     target: int,
     on_iteration: OnIteration | None,
@@ -279,7 +277,6 @@ def _prune(
                     engine,
                     _draw(config, tokens, iteration),
                     plan,
-                    sizes=sizes,
                     protected=budget.protected,
                     target=target,
                     iteration=iteration,
