@@ -68,7 +68,6 @@ def remove_layers(
     batch: Tensor,
     plan: PruningPlan,
     *,
-    sizes: Sequence[int],
     protected: Collection[int],
     target: int,
     iteration: int,
@@ -80,7 +79,6 @@ def remove_layers(
 
     Args:
         plan: what is gone already.
-        sizes: parameters of each layer of the base model.
         protected: numbers of layers of the base model that stay.
         target: parameters of the whole model.
     Source: arXiv 2403.03853 section 3, where all go in one round.
@@ -90,6 +88,7 @@ def remove_layers(
     clock.append(time.perf_counter())
     assert config.iterations is not None  # resolved
     there = plan.kept_layers
+    sizes = layer_parameters(engine.checkpoint, engine.family)
     share = -(-removable_parameters(sizes, protected) // config.iterations)
     chosen = select_layers(
         scores.layer_importance,

@@ -141,9 +141,9 @@ def prune(
     budget, embeddings = _header_budget(checkpoint, family)
     budget = _restricted(config, budget)
     added = _added_parameters(config, checkpoint, family)
-    sizes = layer_parameters(checkpoint, family)
     floor = budget.floor + added
     if granularity == "layer":
+        sizes = layer_parameters(checkpoint, family)
         floor = budget.num_parameters - removable_parameters(sizes, budget.protected)
     target = resolve_target(config, budget, embeddings, floor=floor, added=added)
     resources = find_resources(config, checkpoint, family, budget)
@@ -165,9 +165,7 @@ def prune(
     )
     run = RunDirectory.open(output, config, resume=config.resume)
     try:
-        _prune(
-            config, estimator, run, engine, tokens, budget, sizes, embeddings, target, resources, on_iteration
-        )
+        _prune(config, estimator, run, engine, tokens, budget, embeddings, target, resources, on_iteration)
         return _result(run)
     finally:
         run.close()
@@ -309,7 +307,6 @@ def _prune(
     engine: InMemoryEngine,
     tokens: TokenizedDocuments,
     budget: UnitBudget,
-    sizes: list[int],
     embeddings: int,
     target: int,
     resources: tuple[Resource, ...],
@@ -364,7 +361,6 @@ def _prune(
                     engine,
                     _draw(config, tokens, iteration),
                     plan,
-                    sizes=sizes,
                     protected=budget.protected,
                     target=target,
                     iteration=iteration,
