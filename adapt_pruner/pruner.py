@@ -184,7 +184,7 @@ def _restricted(config: PruneConfig, budget: UnitBudget, resources: tuple[Resour
         kind: getattr(config, _rate_of(kind))
         for kind in sorted({k for layer in budget.initial for k in layer})
     }
-    limits = tuple(resource.limit(budget) for resource in resources)
+    limits = tuple(r.limit(budget) for r in resources)
     return dataclasses.replace(
         budget, protected=protected, rates=rates, round_to=config.round_to, limits=limits
     )
@@ -285,7 +285,16 @@ def _prune(
                 break
             iteration += 1
             record, keep, sparsity = _iterate(
-                config, estimator, engine, tokens, now, sparsity, target, resources, latency, iteration
+                config,
+                estimator,
+                engine,
+                tokens,
+                budget.initial,
+                sparsity,
+                target,
+                iteration,
+                resources=resources,
+                latency=latency,
             )
             plan = dataclasses.replace(
                 plan,
@@ -334,12 +343,13 @@ def _iterate(
     estimator: Estimator,
     engine: InMemoryEngine,
     tokens: TokenizedDocuments,
-    budget: UnitBudget,
+    initial: tuple[dict[str, int], ...],
     sparsity: Floats,
     target: int,
-    resources: tuple[Resource, ...],
-    latency: Latency | None,
     iteration: int,
+    *,
+    resources: tuple[Resource, ...] = (),
+    latency: Latency | None = None,
 ) -> tuple[dict[str, Any], tuple[dict[str, Indices], ...], Floats]:
     """One round of score, allocate and surgery; returns its record, the kept units and the sparsity."""
     clock = [time.perf_counter()]
@@ -361,6 +371,7 @@ def _iterate(
         {kind: bundle_importance(values, layer_lanes[kind]) for kind, values in layer.items()}
         for layer, layer_lanes in zip(scores.unit_importance, lanes, strict=True)
     )
+    budget = _restricted(config, engine.budget(initial), resources)
     rows = engine.widths[0].head_dim
 
     def choose(budget: UnitBudget) -> tuple[Allocation, tuple[dict[str, Indices], ...]]:
