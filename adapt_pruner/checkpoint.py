@@ -107,6 +107,11 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"{directory}: the checkpoint is quantised ({method}); pruning needs fp32, fp16 or bf16 weights"
         )
+    if config.get("layer_sharing"):
+        raise CheckpointError(
+            f"{directory}: layer_sharing is true in its config: every layer runs more than once; expected a "
+            "model without it"
+        )
     if (directory / INDEX_NAME).exists():
         index: dict[str, str] = _read_json(directory / INDEX_NAME).get("weight_map", {})
         shards = sorted(set(index.values()))
@@ -136,7 +141,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     absent = sorted(set(index) - set(tensors))
     if absent:
         raise CheckpointError(f"{directory}: {INDEX_NAME} names tensors that no shard has: {absent[:5]}")
-    if config.get("tie_word_embeddings"):
+    if config.get("tie_word_embeddings") or _shares_embedding(config):
         tensors.pop("lm_head.weight", None)  # some tools store the tied head a second time
     for name, info in tensors.items():
         if info.dtype not in FLOAT_DTYPES:
@@ -144,6 +149,11 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
                 f"{info.shard}: tensor {name} has dtype {info.dtype}, expected one of {FLOAT_DTYPES}"
             )
     return Checkpoint(directory, config, tensors)
+
+
+def _shares_embedding(config: Mapping[str, Any]) -> bool:
+    """Whether a MobileLLM ties its head to its embedding, which is its default and goes by another name."""
+    return config.get("model_type") == "mobilellm" and bool(config.get("share_embedding", True))
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

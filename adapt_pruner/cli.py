@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_type_hints
 
 from docstring_parser import parse
-from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import SUPPRESS, ActionConfigFile, ActionYesNo, ArgumentParser, Namespace
 from rich.console import Console
 
 from adapt_pruner import __version__
@@ -97,6 +97,9 @@ def _add_config(command: ArgumentParser, config: type, positional: tuple[str, ..
             command.add_argument(field.name, type=str, nargs="?", **options, default=SUPPRESS)
         elif types[field.name] is bool:
             command.add_argument(_flag(field.name), action="store_true", **options)
+        elif types[field.name] == bool | None:
+            both_ways = ActionYesNo(yes_prefix="", no_prefix="no-")
+            command.add_argument(_flag(field.name), action=both_ways, **options)
         else:
             required = field.default is dataclasses.MISSING
             command.add_argument(_flag(field.name), type=types[field.name], required=required, **options)
@@ -190,7 +193,8 @@ def _prune(arguments: Namespace) -> Shown:
     _quieten_transformers()
     with show.PruningBar() as bar:
         pruned = prune(config, on_iteration=bar.update)
-    result = {"run_directory": str(pruned.run_directory), "plan_hash": pruned.plan.hash, **pruned.metrics}
+    plan_hash = pruned.plan.hash if pruned.plan else None
+    result = {"run_directory": str(pruned.run_directory), "plan_hash": plan_hash, **pruned.metrics}
     return result, lambda console: show.show_pruned(console, result)
 
 
@@ -252,7 +256,9 @@ def _methods(arguments: Namespace) -> Shown:
 def _families(arguments: Namespace) -> Shown:
     from adapt_pruner.families import FAMILIES
 
-    result = {f.name: {"model_types": list(f.model_types), "models": f.models} for f in FAMILIES}
+    result = {
+        f.name: {"model_types": list(f.model_types), "models": f.models, "source": f.source} for f in FAMILIES
+    }
     return result, lambda console: show.show_families(console, result)
 
 

@@ -44,34 +44,45 @@ class PruneConfig:
         method: preset of the settings below that are the method's if not given; `adapt-pruner methods` lists
             them.
         estimator: how important a unit is: taylor_first, taylor_vectorize, taylor_second, taylor_mixed,
-            taylor_reference, magnitude_l1, magnitude_l2, wanda, fluctuation, obs or random.
+            taylor_reference, magnitude_l1, magnitude_l2, wanda, fluctuation, obs, obs_fisher or random.
         allocation: how much each layer loses: by layer importance (adaptive), the same share (uniform), what
             units ranked together over all layers by importance per parameter (global) or by importance
-            (threshold) leave it, or as the published implementation has it, without landing (reference).
+            (threshold) leave it, what raises the calibration loss least (search), or as the published
+            implementation has it, without landing (reference).
         gqa_credit: the KV group that a query head counts for: its own (owner), or as in the published
             implementation number Q modulo the groups (modulo).
         protected_layers: layers that lose nothing, such as 0-3,30,-1 (the last), or none.
         granularity: what attention is pruned by: whole KV groups (kv_group), or as many query heads of each
-            remaining KV group of a layer (query_head).
+            remaining KV group of a layer (query_head); or "layer": the least important decoder layers go as a
+            whole, and the others stay as they are.
+        mlp_granularity: what layers with a mixture of experts are pruned by: as many channels of each expert
+            of a layer (channel), or whole experts (expert). Other layers lose channels.
         attention_rate: the multiple of a layer's sparsity that its attention units lose, 0 for none. The
             allocations global and threshold divide the price of a unit by it.
-        mlp_rate: the same for the channels.
+        mlp_rate: the same for channels and experts.
         round_to: every layer keeps a multiple of so many channels, or all that it had.
-        iterations: pruning rounds that would remove everything; each removes 1/iterations on average.
-            One-shot methods ignore it.
+        iterations: pruning rounds that would remove everything; each removes 1/iterations on average. 50 in
+            adapt-pruner; one-shot methods ignore it.
         amplitude: how far a layer's share of a round may differ from the average.
+        search_evaluations: of the allocation search: losses that each round measures, on up to 64 calibration
+            sequences, beyond those of the start points.
         layer_metric: how far a layer's output is from its input.
         normalize: how layer importance is brought to [-1, 1].
         calibration: calibration text: "default", a .txt, .jsonl, .json, .csv or .parquet file, or the name
             of a data set.
         calibration_column: text column of the file or data set; "text" if not given.
         num_sequences: calibration sequences drawn anew for each iteration.
-        sequence_length: tokens of each sequence.
+        sequence_length: tokens of each sequence, a BOS included.
+        prefix_bos: put the tokenizer's BOS in front of every calibration sequence; Gemma needs it. If not
+            given, where the tokenizer itself puts it in front of text; the method reference never does.
         micro_batch_size: sequences per forward and backward pass.
-        compensation: "least_squares" changes the kept columns of every down_proj and o_proj in each round so
-            that their outputs on the calibration sequences come closest to those before it.
-        ridge: of obs and least_squares: what the second moments of inputs get on top of their diagonal, as a
-            fraction of it. The fewer the calibration tokens, the more is right.
+        compensation: "bias" adds what the removed columns of every down_proj and o_proj gave on average over
+            the calibration sequences to a bias, which counts as parameters; "least_squares" changes the kept
+            columns in each round so that the outputs on these sequences come closest to those before it.
+        carry_over: how much what earlier iterations measured at the units that are left counts in each later
+            one: 0 forgets it, 1 counts all iterations alike.
+        ridge: of obs, obs_fisher and least_squares: what the second moments of inputs get on top of their
+            diagonal, as a fraction of it. The fewer the calibration tokens, the more is right.
         gradients: "materialised" keeps the gradients of all prunable weights until the batch is through;
             "fused" scores each weight within the backward pass, so that its gradient never exists, and needs
             all num_sequences in one micro-batch; "auto" is fused where that holds and the device is CUDA with
@@ -97,23 +108,27 @@ class PruneConfig:
     latency_tokens: int = 128
     method: str = "adapt-pruner"
     estimator: str | None = None
-    allocation: Literal["adaptive", "uniform", "global", "threshold", "reference"] | None = None
+    allocation: Literal["adaptive", "uniform", "global", "threshold", "search", "reference"] | None = None
     gqa_credit: Literal["owner", "modulo"] | None = None
     protected_layers: str | None = None
-    granularity: Literal["kv_group", "query_head"] | None = None
+    granularity: Literal["kv_group", "query_head", "layer"] | None = None
+    mlp_granularity: Literal["channel", "expert"] = "channel"
     attention_rate: float | None = None
     mlp_rate: float | None = None
     round_to: int = 1
-    iterations: int = 50
+    iterations: int | None = None
     amplitude: float = 0.02
+    search_evaluations: int = 100
     layer_metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"
     normalize: Literal["max", "rank", "zscore_clip"] = "max"
     calibration: str = "default"
     calibration_column: str | None = None
     num_sequences: int = 512
     sequence_length: int = 64
+    prefix_bos: bool | None = None
     micro_batch_size: int = 16
-    compensation: Literal["none", "least_squares"] | None = None
+    compensation: Literal["none", "bias", "least_squares"] | None = None
+    carry_over: float | None = None
     ridge: float = RIDGE
     gradients: Literal["auto", "fused", "materialised"] = "auto"
     pack: bool = False
@@ -130,8 +145,11 @@ class PruneConfig:
             raise MissingSetting(f"target is missing: expected at least one of {', '.join(_TARGETS)}")
         for name in ("target_context", "latency_batch", "latency_tokens"):
             _require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
-        for name in ("round_to", "iterations", "num_sequences", "micro_batch_size"):
-            _require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
+        for name in ("round_to", "iterations", "search_evaluations", "num_sequences", "micro_batch_size"):
+            value = getattr(self, name)
+            _require(name, value, "at least 1", value is None or value >= 1)
+        carry = self.carry_over
+        _require("carry_over", carry, "within 0 and 1", carry is None or 0 <= carry <= 1)
         _require("sequence_length", self.sequence_length, "at least 2", self.sequence_length >= 2)
         _require("seed", self.seed, "at least 0", self.seed >= 0)
         _require("amplitude", self.amplitude, "finite, at least 0", 0 <= self.amplitude < math.inf)
@@ -245,7 +263,8 @@ class EvaluateConfig:
         stride: tokens from one window to the next; smaller than the context slides the window. Windows do not
             overlap if it is not given.
         max_tokens: use only the first tokens of the text.
-        prefix_bos: put the tokenizer's BOS in front of every window; Gemma needs it.
+        prefix_bos: put the tokenizer's BOS in front of every window of text, where it takes one token of the
+            context; Gemma needs it. If not given, where the tokenizer itself puts it in front of text.
         tasks: multiple-choice benchmarks, separated by commas; "commonsense" stands for the seven
             commonsense tasks.
         limit: items per task, from its start.
@@ -262,7 +281,7 @@ class EvaluateConfig:
     context: int = 1024
     stride: int | None = None
     max_tokens: int | None = None
-    prefix_bos: bool = False
+    prefix_bos: bool | None = None
     tasks: str = ""
     limit: int | None = None
     batch_size: int = 8

@@ -40,11 +40,13 @@ class TokenizedDocuments:
         tokens: [total], int32, all documents one after the other, without special tokens between them.
         offsets: [documents + 1], int64; document i is `tokens[offsets[i]:offsets[i + 1]]`.
         eos_token_id: separates documents when they are packed; None if the tokenizer has none.
+        prefix_token_id: stands in front of every sequence that is drawn, if any.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     eos_token_id: int | None
+    prefix_token_id: int | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -311,7 +313,8 @@ def sample_sequences(
     Args:
         tokens: where to draw from.
         num_sequences: how many, at least 1.
-        sequence_length: tokens of each, at least 2 (one to predict from and one to predict).
+        sequence_length: tokens of each, at least 2 (one to predict from and one to predict), the prefix token
+            included.
         seed: not negative.
         iteration: not negative; iteration k can be drawn without iterations 0 to k-1.
         pack: join documents although enough of them are long enough.
@@ -326,21 +329,24 @@ def sample_sequences(
         raise ValueError(f"sequence_length is {sequence_length}; expected at least 2")
     if seed < 0 or iteration < 0:
         raise ValueError(f"seed is {seed} and iteration is {iteration}; expected both not negative")
+    width = sequence_length - (tokens.prefix_token_id is not None)  # of the text in a sequence
     generator = np.random.default_rng(np.random.SeedSequence([seed, iteration]))
-    long_enough = np.flatnonzero(tokens.lengths >= sequence_length)
+    long_enough = np.flatnonzero(tokens.lengths >= width)
     if pack or len(long_enough) < num_sequences:
-        sequences = _pack(tokens, num_sequences, sequence_length, generator)
+        sequences = _pack(tokens, num_sequences, width, generator)
         if not pack:
             warnings.warn(
-                f"only {len(long_enough)} of {len(tokens)} documents have {sequence_length} tokens and "
+                f"only {len(long_enough)} of {len(tokens)} documents have {width} tokens and "
                 f"{num_sequences} were asked for: documents are packed instead",
                 stacklevel=2,
             )
-        return torch.from_numpy(sequences)
-    chosen = generator.choice(long_enough, num_sequences, replace=False)
-    starts = tokens.offsets[chosen] + generator.integers(0, tokens.lengths[chosen] - sequence_length + 1)
-    windows = starts[:, None] + np.arange(sequence_length)
-    return torch.from_numpy(tokens.tokens[windows].astype(np.int64))
+    else:
+        chosen = generator.choice(long_enough, num_sequences, replace=False)
+        starts = tokens.offsets[chosen] + generator.integers(0, tokens.lengths[chosen] - width + 1)
+        sequences = tokens.tokens[starts[:, None] + np.arange(width)].astype(np.int64)
+    if tokens.prefix_token_id is not None:
+        sequences = np.insert(sequences, 0, tokens.prefix_token_id, axis=1)
+    return torch.from_numpy(sequences)
 
 
 def _pack(
@@ -360,6 +366,22 @@ def _pack(
     end = np.array([tokens.eos_token_id], dtype=np.int64)
     stream = np.concatenate([piece for index in used for piece in (tokens.document(index), end)])
     return stream[:needed].reshape(num_sequences, sequence_length).astype(np.int64)
+
+
+def prefix_token(tokenizer: PreTrainedTokenizerBase, prefix_bos: bool | None) -> int | None:
+    """The token to put in front of every sequence, or None.
+
+    Args:
+        prefix_bos: whether that is the tokenizer's BOS; None: where the tokenizer itself adds it to text.
+    Raises:
+        ValueError: a BOS was asked for, and the tokenizer has none.
+    """
+    bos: int | None = tokenizer.bos_token_id
+    if prefix_bos and bos is None:
+        raise ValueError("prefix_bos was asked for, but the tokenizer has no BOS token")
+    if prefix_bos is None:
+        prefix_bos = tokenizer("text").input_ids[:1] == [bos]
+    return bos if prefix_bos else None
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

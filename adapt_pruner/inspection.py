@@ -6,7 +6,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class ModelSummary:
 
     A multiply-add counts as two FLOPs. `flops_per_token` is the forward pass for one token at the end of
     `context` tokens, the head included and the embedding lookup not. `kv_cache_bytes` is the cache of one
-    sequence of `context` tokens; a layer with a sliding window keeps no more than that.
+    sequence of `context` tokens; a layer with a sliding window keeps no more than that. `removed_layers` are
+    those of the model before pruning that are gone as a whole, where it is compared with that.
     """
 
     model_type: str
@@ -46,9 +47,15 @@ class ModelSummary:
     kv_cache_bytes_per_token: int
     kv_cache_bytes: int
     layers: tuple[LayerSummary, ...]
+    removed_layers: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        result = asdict(self)
+        for layer in result["layers"]:
+            if not layer["widths"]["num_experts"]:
+                for key in ("num_experts", "experts_per_token", "hidden_size"):
+                    del layer["widths"][key]
+        return result
 
 
 def summarize(model: str | Path, *, context: int = 1024) -> ModelSummary:
@@ -58,7 +65,8 @@ def summarize(model: str | Path, *, context: int = 1024) -> ModelSummary:
         CheckpointError: the directory holds no usable checkpoint. ValueError: unknown architecture.
     """
     checkpoint = open_checkpoint(model)
-    family = find_family(checkpoint.config.get("model_type"))
+    # Slicing changes the widths of hidden states, none of those that a family knows of.
+    family = find_family(str(checkpoint.config.get("model_type")).removeprefix("sliced_"))
     widths = layer_widths(checkpoint.config)
     numel = {name: info.numel for name, info in checkpoint.tensors.items()}
     unit_costs(family, widths, {name: info.shape for name, info in checkpoint.tensors.items()})
@@ -72,7 +80,15 @@ def summarize(model: str | Path, *, context: int = 1024) -> ModelSummary:
     for i, layer in enumerate(widths):
         prefix = family.layer_prefix.format(layer=i) + "."
         weights = {n: t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
-        matrices = sum(t.numel for t in weights.values() if len(t.shape) == 2)
+        matrices = sum(t.numel for t in weights.values() if len(t.shape) > 1)
+        experts = sum(
+            weights[name].numel
+            for kind in family.kinds_in(layer)
+            if kind.layers == "sparse"
+            for name in {tensor.name for tensor in family.unit_tensors(kind, i, layer, weights)}
+        )
+        if experts:  # a token goes through some of them alone
+            matrices -= experts // layer.num_experts * (layer.num_experts - layer.experts_per_token)
         cached = 2 * layer.num_key_value_heads * layer.head_dim * DTYPE_BYTES[dtype]
         layers.append(
             LayerSummary(
@@ -83,14 +99,14 @@ def summarize(model: str | Path, *, context: int = 1024) -> ModelSummary:
                 cached * windows[i],
             )
         )
-    vocabulary = numel[family.embeddings[0]]
+    head = next(numel[name] for name in reversed(family.embeddings) if name in numel)
     return ModelSummary(
         checkpoint.config["model_type"],
         dtype,
         context,
         checkpoint.num_parameters,
         checkpoint.num_parameters - embeddings,
-        sum(layer.flops_per_token for layer in layers) + 2 * vocabulary,
+        sum(layer.flops_per_token for layer in layers) + 2 * head,
         sum(layer.kv_cache_bytes_per_token for layer in layers),
         sum(layer.kv_cache_bytes for layer in layers),
         tuple(layers),
@@ -124,11 +140,15 @@ def inspect_model(config: InspectConfig) -> tuple[ModelSummary, ModelSummary | N
     """
     after = summarize(resolve_model(config.model), context=config.context)
     base = config.base
-    plan = Path(config.model) / "plan.json"
-    if base is None and plan.exists():
-        base = _base_of(PruningPlan.load(plan))
+    removed: tuple[int, ...] = ()
+    plan_file = Path(config.model) / "plan.json"
+    if plan_file.exists():
+        plan = PruningPlan.load(plan_file)
+        base, removed = base or _base_of(plan), plan.removed_layers
     before = summarize(resolve_model(base), context=config.context) if base else None
-    if before and len(before.layers) != len(after.layers):
+    if before:
+        after = replace(after, removed_layers=removed)
+    if before and len(before.layers) != len(after.layers) + len(removed):
         raise ValueError(
             f"{config.model} has {len(after.layers)} layers, {base} has {len(before.layers)}: "
             "expected a model pruned from it"

@@ -7,13 +7,16 @@ import logging
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from adapt_pruner.allocation import AllocationName
 from adapt_pruner.config import PruneConfig
+from adapt_pruner.families import Granularity
 from adapt_pruner.scoring.estimators import (
+    ESTIMATORS,
     FLUCTUATION,
     MAGNITUDE_L2,
+    OBS_FISHER,
     RANDOM,
     TAYLOR_FIRST,
     TAYLOR_REFERENCE,
@@ -33,28 +36,37 @@ class Method:
     Attributes:
         name: of `--method`.
         summary, source: what it does, in a line, and where it is described.
-        estimator: how units are scored.
+        estimator: how units are scored; None where whole layers go.
         allocation: how much each layer loses.
         one_shot: prunes in one round, whatever `iterations` says.
+        iterations: rounds that would remove everything, of methods that are not.
         gqa_credit: which KV group a query head counts for.
-        granularity: unit of attention.
+        granularity: unit of attention, or "layer": layer importance alone decides then.
         attention_rate, mlp_rate: multiple of a layer's sparsity that its attention units, its channels lose.
         compensation: what the kept weights do about the removed ones.
+        carry_over: how much what earlier rounds measured counts in each later one.
+        prefix_bos: of the calibration sequences; None: where the tokenizer adds it to text itself.
         protected: share of the layers at the start and at the end that lose nothing, rounded up.
+        removes: "units" of layers, as all of the above says; or "dimensions" of the hidden states
+            (`slicegpt.py`), to which none of it but `one_shot` applies.
     """
 
     name: str
     summary: str
     source: str
-    estimator: Estimator = TAYLOR_FIRST
+    estimator: Estimator | None = TAYLOR_FIRST
     allocation: AllocationName = "adaptive"
     one_shot: bool = False
+    iterations: int = 50
     gqa_credit: GqaCredit = "owner"
-    granularity: str = "kv_group"
+    granularity: Granularity = "kv_group"
     attention_rate: float = 1.0
     mlp_rate: float = 1.0
     compensation: str = "none"
+    carry_over: float = 0.0
+    prefix_bos: bool | None = None
     protected: tuple[float, float] = (0.0, 0.0)
+    removes: Literal["units", "dimensions"] = "units"
 
     def protected_layers(self, num_layers: int) -> str:
         """As `PruneConfig` has them."""
@@ -63,14 +75,37 @@ class Method:
         return ",".join(f"{a}-{b}" for a, b in ends if b >= a) or "none"
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "estimator": self.estimator.name}
+        values = {**dataclasses.asdict(self), "estimator": self.estimator.name if self.estimator else None}
+        return values if self.removes == "units" else values | dict.fromkeys((*_OF_UNITS, "protected"))
 
+
+# Settings that a method decides, and that say how units are chosen.
+_OF_UNITS = (
+    "estimator",
+    "allocation",
+    "gqa_credit",
+    "granularity",
+    "attention_rate",
+    "mlp_rate",
+    "compensation",
+    "carry_over",
+)
 
 METHODS: tuple[Method, ...] = (
     Method(
         "adapt-pruner",
         "first-order Taylor; layers lose by how little they change the residual stream, in many rounds",
         "arXiv 2502.03460",
+    ),
+    Method(
+        "adapt-pruner+",
+        "rise of the loss after least-squares compensation, per parameter over all layers, in many rounds",
+        "ours, after arXiv 2502.03460, 2312.17244 and 2302.04089",
+        estimator=OBS_FISHER,
+        allocation="global",
+        iterations=15,
+        compensation="least_squares",
+        carry_over=1.0,
     ),
     Method(
         "llm-pruner",
@@ -82,12 +117,12 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         "flap",
-        "fluctuation of inputs; one threshold for the units of all layers",
+        "fluctuation of inputs; one threshold for the units of all layers; biases hold the mean of what went",
         "arXiv 2312.11983",
         estimator=FLUCTUATION,
         allocation="threshold",
         one_shot=True,
-        # compensation="bias" as soon as there is one: FLAP adds W[:, removed] times the mean input to a bias.
+        compensation="bias",
     ),
     Method(
         "wanda-sp",
@@ -106,6 +141,14 @@ METHODS: tuple[Method, ...] = (
         one_shot=True,
     ),
     Method(
+        "shortgpt",
+        "whole layers: those that change the residual stream least go, in one round",
+        "arXiv 2403.03853",
+        estimator=None,
+        granularity="layer",
+        one_shot=True,
+    ),
+    Method(
         "random",
         "random units; the same share of each layer",
         "baseline of arXiv 2305.11627",
@@ -114,12 +157,20 @@ METHODS: tuple[Method, ...] = (
         one_shot=True,
     ),
     Method(
+        "slicegpt",
+        "hidden states in their principal coordinates, the least of which are deleted everywhere",
+        "arXiv 2401.15024",
+        one_shot=True,
+        removes="dimensions",
+    ),
+    Method(
         "reference",
         "adapt-pruner as its published implementation has it, which overshoots the target",
         "published implementation of arXiv 2502.03460",
         estimator=TAYLOR_REFERENCE,
         allocation="reference",
         gqa_credit="modulo",
+        prefix_bos=False,
     ),
 )
 
@@ -136,10 +187,27 @@ def find_method(name: str) -> Method:
     raise ValueError(f"method is {name!r}, expected one of {[m.name for m in METHODS]}")
 
 
+def _require_target_of_parameters(config: PruneConfig, what: str) -> None:
+    """That there is a target for parameters and none for anything else."""
+    if others := sorted(set(config.targets()) - {"target"}):
+        raise ValueError(f"{what} lands on parameters alone: expected a target and no {', '.join(others)}")
+
+
+def _refuse_unit_settings(config: PruneConfig) -> None:
+    given = {name: getattr(config, name) for name in _OF_UNITS if name != "granularity"}
+    given["compensation"] = None if config.compensation == "none" else config.compensation
+    given["gradients"] = "fused" if config.gradients == "fused" else None
+    useless = {name: value for name, value in given.items() if value is not None}
+    if useless:
+        raise ValueError(f"granularity is 'layer', which removes no units: expected no {useless}")
+
+
 def resolve(
     config: PruneConfig, num_layers: int, method: Method | None = None
-) -> tuple[PruneConfig, Estimator]:
+) -> tuple[PruneConfig, Estimator | None]:
     """The settings with everything that the method decides filled in, and the estimator they name.
+
+    Where whole layers go there is no estimator, and nothing of what is about units is filled in.
 
     Args:
         method: instead of the one that the settings name.
@@ -148,23 +216,95 @@ def resolve(
             exclude each other.
     """
     method = method or find_method(config.method)
+    config = _of_method(config, method)
     preset = method.to_dict() | {"protected_layers": method.protected_layers(num_layers)}
+    whole_layers = (config.granularity or method.granularity) == "layer"
+    if whole_layers:
+        _refuse_unit_settings(config)
+        _require_target_of_parameters(config, "granularity 'layer'")
+        preset |= {**dict.fromkeys(("estimator", "allocation", "gqa_credit")), "compensation": "none"}
     settings = {
         field.name: preset[field.name]
         for field in dataclasses.fields(config)
         if getattr(config, field.name) is None and field.name in preset
     }
-    settings["method"] = method.name
-    if method.one_shot and config.iterations != 1:
-        logger.info("%s prunes in one shot: iterations %d is ignored", method.name, config.iterations)
-        settings["iterations"] = 1
     resolved = dataclasses.replace(config, **settings)
-    named = resolved.estimator
-    assert named is not None
-    estimator = method.estimator if named == method.estimator.name else find_estimator(named)
+    if whole_layers:
+        return resolved, None
+    if resolved.allocation == "search":
+        _require_target_of_parameters(config, "allocation 'search'")
+    named, own = resolved.estimator, method.estimator
+    if named is None:
+        raise ValueError(f"{method.name} removes whole layers: expected granularity layer, or an estimator")
+    estimator = own if own and named == own.name else find_estimator(named)
     if resolved.gradients == "fused" and not estimator.fusible:
         raise ValueError(f"gradients is 'fused': the estimator {estimator.name} cannot be scored so")
     return resolved, estimator
+
+
+def resolve_dimensions(config: PruneConfig, method: Method) -> PruneConfig:
+    """The settings of a method that removes dimensions.
+
+    Raises:
+        ValueError: a setting that says how units are chosen.
+    """
+    given = [name for name in (*_OF_UNITS, "protected_layers") if getattr(config, name) is not None]
+    if config.gradients != "auto":
+        given.append("gradients")
+    if given:
+        name = given[0]
+        raise ValueError(
+            f"{name} is {getattr(config, name)!r}, but {method.name} removes dimensions of hidden states, "
+            "not units of layers: expected it not to be given"
+        )
+    _require_target_of_parameters(config, method.name)
+    if config.round_to != 1:
+        raise ValueError(f"round_to is {config.round_to}, but {method.name} removes no channels: expected 1")
+    return _of_method(config, method)
+
+
+def _of_method(config: PruneConfig, method: Method) -> PruneConfig:
+    """The settings with the name of the method and its rounds."""
+    if method.one_shot:
+        if config.iterations not in (None, 1):
+            logger.info("%s prunes in one shot: iterations %d is ignored", method.name, config.iterations)
+        config = dataclasses.replace(config, iterations=1)
+    return dataclasses.replace(config, method=method.name)
+
+
+def require_experts_supported(config: PruneConfig, estimator: Estimator) -> None:
+    """That these settings can prune a mixture of experts.
+
+    Args:
+        config: resolved.
+    Raises:
+        ValueError: one cannot; the message names it and what can.
+    """
+    whole = config.mlp_granularity == "expert"
+    problem = None
+    if estimator.grams or (whole and estimator.of_columns):
+        what = "columns of output-side matrices, which whole experts have none of"
+        if estimator.grams:
+            what = "second moments of inputs, which are not collected for experts"
+        able = [e.name for e in ESTIMATORS if not (e.grams or (whole and e.of_columns))]
+        problem = f"the estimator {estimator.name} needs the {what}: expected one of {able}"
+    elif config.compensation != "none":
+        problem = (
+            f"compensation {config.compensation!r} needs the inputs of every down_proj, which are not "
+            "collected for experts: expected 'none'"
+        )
+    elif config.gradients == "fused":
+        problem = "gradients 'fused' needs linear layers, and experts are none: expected 'materialised'"
+    elif others := sorted({"target_flops", "target_latency"} & set(config.targets())):
+        problem = f"{others[0]} is not known to be linear in its units: expected none"
+    elif config.allocation == "search":
+        problem = "allocation 'search' measures losses without units of linear layers: expected another one"
+    elif whole and config.allocation == "reference":
+        problem = "allocation 'reference' counts rows of heads and channels alone: expected another one"
+    elif whole and config.gqa_credit == "modulo":
+        problem = "gqa_credit 'modulo' is for heads and channels alone: expected 'owner'"
+    if problem is not None:
+        raise ValueError(f"the model is a mixture of experts: {problem}")
 
 
 def parse_layers(text: str, num_layers: int) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""The pruning plan: which units of which layer stay. The only bridge between scoring and surgery."""
+"""The pruning plan: which layers and units stay. The only bridge between scoring and surgery."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adapt_pruner.checkpoint import write_text
-from adapt_pruner.families import Family, Granularity, LayerWidths
+from adapt_pruner.families import Family, Granularity, LayerWidths, MlpGranularity
 
 FORMAT_VERSION = 1
 Indices = npt.NDArray[np.int64]
@@ -30,6 +30,7 @@ class PruningPlan:
         settings: method and settings that led to this plan, for the record.
         initial_units: per layer, number of units of each kind in the base model.
         keep_indices: per layer, sorted unique int64 indices of the units that stay.
+        removed_layers: sorted numbers of the layers that go as a whole; their keep_indices say nothing.
     """
 
     base_model: str
@@ -39,6 +40,7 @@ class PruningPlan:
     settings: Mapping[str, Any]
     initial_units: tuple[Mapping[str, int], ...]
     keep_indices: tuple[Mapping[str, Indices], ...]
+    removed_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.initial_units) != len(self.keep_indices):
@@ -59,6 +61,14 @@ class PruningPlan:
                         f"{where}: keep_indices span {indices[0]}..{indices[-1]}, "
                         f"expected within 0..{initial[kind] - 1}"
                     )
+        layers = range(len(self.initial_units))
+        if not set(self.removed_layers) < set(layers) or list(self.removed_layers) != sorted(
+            set(self.removed_layers)
+        ):
+            raise ValueError(
+                f"plan: removed_layers are {list(self.removed_layers)}, expected sorted and unique ones of "
+                f"0..{len(layers) - 1}, and not all"
+            )
 
     @property
     def hash(self) -> str:
@@ -70,15 +80,25 @@ class PruningPlan:
         """What attention was pruned by; its other unit kind is not in the plan."""
         return "query_head" if "query_head" in self.initial_units[0] else "kv_group"
 
+    @property
+    def mlp_granularity(self) -> MlpGranularity:
+        """What layers with experts were pruned by."""
+        return "expert" if any("expert" in layer for layer in self.initial_units) else "channel"
+
+    @property
+    def kept_layers(self) -> list[int]:
+        """Numbers of the layers that stay, ascending."""
+        return [i for i in range(len(self.initial_units)) if i not in self.removed_layers]
+
     def removes_nothing(self) -> bool:
-        return all(
+        return not self.removed_layers and all(
             len(keep[kind]) == initial[kind]
             for initial, keep in zip(self.initial_units, self.keep_indices, strict=True)
             for kind in keep
         )
 
     def widths(self, family: Family, base: Sequence[LayerWidths]) -> tuple[LayerWidths, ...]:
-        """Widths of the pruned model.
+        """Widths of the pruned model, of the layers that stay.
 
         Raises:
             ValueError: the base widths are not those the plan was made for, or the KV heads of a layer would
@@ -91,10 +111,10 @@ class PruningPlan:
             zip(base, self.initial_units, self.keep_indices, strict=True)
         ):
             pruned = widths
-            kinds = sorted(kind.name for kind in family.unit_kinds)
+            kinds = sorted(kind.name for kind in family.kinds_in(widths))
             if sorted(initial) != kinds:
                 raise ValueError(f"layer {layer}: the plan is for units {sorted(initial)}, expected {kinds}")
-            for kind in family.unit_kinds:
+            for kind in family.kinds_in(widths):
                 if kind.count(widths) != initial[kind.name]:
                     raise ValueError(
                         f"layer {layer}: the model has {kind.count(widths)} units of {kind.name}, "
@@ -104,12 +124,12 @@ class PruningPlan:
                 kept = np.bincount(keep[kind.name] * lanes // kind.count(widths), minlength=lanes)
                 if np.any(kept != kept[0]):
                     raise ValueError(
-                        f"layer {layer}: the plan keeps {kept.tolist()} units of {kind.name} per KV group, "
-                        "expected equally many of each"
+                        f"layer {layer}: the plan keeps {kept.tolist()} units of {kind.name} per "
+                        f"{'expert' if kind.name == 'channel' else 'KV group'}, expected equally many of each"
                     )
                 pruned = kind.resized(pruned, len(keep[kind.name]))
             result.append(pruned)
-        return tuple(result)
+        return tuple(result[layer] for layer in self.kept_layers)
 
     def _payload(self) -> dict[str, Any]:
         return {
@@ -126,6 +146,8 @@ class PruningPlan:
                 }
                 for initial, keep in zip(self.initial_units, self.keep_indices, strict=True)
             ],
+            # Only where there are any, so that plans without them keep their hash.
+            **({"removed_layers": list(self.removed_layers)} if self.removed_layers else {}),
         }
 
     def to_json(self) -> str:
@@ -159,6 +181,7 @@ class PruningPlan:
                 payload["settings"],
                 tuple({kind: entry["initial"] for kind, entry in layer} for layer in layers),
                 tuple({kind: decode_runs(entry["keep_runs"]) for kind, entry in layer} for layer in layers),
+                tuple(payload.get("removed_layers", ())),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a pruning plan: {error!r}") from error
@@ -168,8 +191,19 @@ class PruningPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:
-        """Reads a plan file, or that of a run directory; errors as `from_json`, naming the file."""
-        path = Path(path) / "plan.json" if Path(path).is_dir() else Path(path)
+        """Reads a plan file, or that of a run directory; errors as `from_json`, naming the file.
+
+        Raises:
+            ValueError: also for a run directory that has none.
+        """
+        if Path(path).is_dir():
+            run, path = Path(path), Path(path) / "plan.json"
+            if (run / "config.yaml").exists() and not path.exists():
+                raise ValueError(
+                    f"{run} has no plan.json: the run is not finished, or its method rotates hidden states "
+                    "(slicegpt), which no list of kept units can describe; then its model/ is all there is"
+                )
+        path = Path(path)
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except ValueError as error:

@@ -18,6 +18,7 @@ import torch
 
 from adapt_pruner.allocation import (
     Allocation,
+    Counts,
     Floats,
     allocate,
     allocate_as_published,
@@ -27,6 +28,7 @@ from adapt_pruner.allocation import (
     normalize_importance,
     select_units,
 )
+from adapt_pruner.allocation_search import Search, allocate_by_search
 from adapt_pruner.assets import resolve_model
 from adapt_pruner.budget import ATTENTION_UNITS, UnitBudget
 from adapt_pruner.checkpoint import (
@@ -37,8 +39,16 @@ from adapt_pruner.checkpoint import (
     require_free_space,
     write_json,
 )
+from adapt_pruner.compensation import missing_output_biases
 from adapt_pruner.config import PruneConfig, parse_target
-from adapt_pruner.data import TokenizedDocuments, check_vocabulary, load_documents, sample_sequences, tokenize
+from adapt_pruner.data import (
+    TokenizedDocuments,
+    check_vocabulary,
+    load_documents,
+    prefix_token,
+    sample_sequences,
+    tokenize,
+)
 from adapt_pruner.engines.in_memory import InMemoryEngine, resolve_device
 from adapt_pruner.families import (
     Family,
@@ -48,17 +58,20 @@ from adapt_pruner.families import (
     unit_costs,
     unit_counts,
 )
-from adapt_pruner.latency import Latency, usage
-from adapt_pruner.methods import Method, parse_layers, resolve
+from adapt_pruner.latency import Keep, Latency, usage
+from adapt_pruner.layer_removal import layer_parameters, removable_parameters, remove_layers
+from adapt_pruner.methods import Method, find_method, parse_layers, require_experts_supported, resolve
 from adapt_pruner.plan import Indices, PruningPlan
 from adapt_pruner.report.plots import plot_run
 from adapt_pruner.resources import Resource, find_resources
 from adapt_pruner.run import RunDirectory
-from adapt_pruner.scoring import Estimator
+from adapt_pruner.scoring import Estimator, Scores
 from adapt_pruner.scoring.gram import column_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SEARCHED = 64  # calibration sequences that the allocation search measures losses of, at most
 
 
 @dataclass(frozen=True)
@@ -81,11 +94,14 @@ OnIteration = Callable[[IterationReport], None]
 
 @dataclass(frozen=True)
 class PruneResult:
-    """A finished run: its directory, the plan, and the contents of metrics.json."""
+    """A finished run: its directory, the plan, and the contents of metrics.json.
+
+    A method that removes dimensions of the hidden states has no plan: no kept units describe a rotation.
+    """
 
     run_directory: Path
     model_directory: Path
-    plan: PruningPlan
+    plan: PruningPlan | None
     metrics: dict[str, Any]
 
 
@@ -109,13 +125,27 @@ def prune(
     Source: arXiv 2502.03460 section 3, algorithm.md section 4.
     """
     checkpoint = open_checkpoint(resolve_model(config.model))
+    method = method or find_method(config.method)
+    if method.removes == "dimensions":
+        from adapt_pruner.slicegpt_run import prune_dimensions  # which is built of parts of this file
+
+        return prune_dimensions(config, method, checkpoint, on_iteration)
     family = find_family(checkpoint.config.get("model_type"))
-    config, estimator = resolve(config, len(layer_widths(checkpoint.config)), method)
+    widths = layer_widths(checkpoint.config)
+    config, estimator = resolve(config, len(widths), method)
+    config = _with_prefix(config, checkpoint)
     granularity = config.granularity or "kv_group"
-    family = family.with_granularity(granularity)
+    family = family.with_granularity(granularity, config.mlp_granularity)
+    if estimator is not None and any(layer.num_experts for layer in widths):
+        require_experts_supported(config, estimator)
     budget, embeddings = _header_budget(checkpoint, family)
     budget = _restricted(config, budget)
-    target = resolve_target(config, budget, embeddings)
+    added = _added_parameters(config, checkpoint, family)
+    sizes = layer_parameters(checkpoint, family)
+    floor = budget.floor + added
+    if granularity == "layer":
+        floor = budget.num_parameters - removable_parameters(sizes, budget.protected)
+    target = resolve_target(config, budget, embeddings, floor=floor, added=added)
     resources = find_resources(config, checkpoint, family, budget)
     output = Path(config.output)
     RunDirectory(output).check(config, resume=config.resume)
@@ -130,35 +160,52 @@ def prune(
         dtype=config.dtype,
         backend=config.backend,
         granularity=granularity,
+        mlp_granularity=config.mlp_granularity,
+        output_biases=config.compensation == "bias" and target != checkpoint.num_parameters,
     )
     run = RunDirectory.open(output, config, resume=config.resume)
     try:
-        _prune(config, estimator, run, engine, tokens, budget, embeddings, target, resources, on_iteration)
+        _prune(
+            config, estimator, run, engine, tokens, budget, sizes, embeddings, target, resources, on_iteration
+        )
         return _result(run)
     finally:
         run.close()
 
 
-def resolve_target(config: PruneConfig, budget: UnitBudget, embeddings: int) -> int:
+def _with_prefix(config: PruneConfig, checkpoint: Checkpoint) -> PruneConfig:
+    """The settings with what the tokenizer decides."""
+    if config.prefix_bos is not None:
+        return config
+    return dataclasses.replace(config, prefix_bos=prefix_token(_tokenizer(checkpoint), None) is not None)
+
+
+def resolve_target(
+    config: PruneConfig, budget: UnitBudget, embeddings: int, *, floor: int, added: int = 0
+) -> int:
     """The target as a count of all parameters: all there are if there is only a target for something else.
 
     Args:
         budget: of the model before pruning.
         embeddings: its parameters in embedding and head.
+        floor: what it has at least once anything is pruned.
+        added: what it gets in addition.
     Raises:
         ValueError: more than the model has, or less than what stays whatever the target.
     """
     if config.target is None:
-        return budget.num_parameters
+        return budget.num_parameters + added
     base = embeddings if config.target_of == "non-embedding" else 0
-    now, floor = budget.num_parameters - base, budget.floor - base
+    now = budget.num_parameters - base
+    floor = min(now, floor - base)
     value = parse_target(config.target)
     target = int(value * now) if isinstance(value, float) else value
     if not floor <= target <= now:
         stays = [f"all of {kind} ({_rate_of(kind)} 0)" for kind, rate in budget.rates.items() if rate == 0]
         stays += [f"layers {config.protected_layers} (protected)"] if budget.protected else []
         unit = "one unit" if config.round_to == 1 else f"one unit, {config.round_to} channels,"
-        least = " beside ".join([f"{unit} per layer leaves", *stays])
+        first = "one layer leaves" if config.granularity == "layer" else f"{unit} per layer leaves"
+        least = " beside ".join([first, *stays])
         relation = "above the current size" if target > now else f"below what {least}"
         raise ValueError(
             f"target {config.target} of {config.target_of} is {target:,} parameters, {relation}: "
@@ -195,33 +242,51 @@ def _rate_of(kind: str) -> str:
     return "attention_rate" if kind in ATTENTION_UNITS else "mlp_rate"
 
 
+def _added_parameters(config: PruneConfig, checkpoint: Checkpoint, family: Family) -> int:
+    """Parameters that the pruned model has beside those the units leave: they count towards the target."""
+    if config.compensation != "bias":
+        return 0
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    return sum(missing_output_biases(family, layer_widths(checkpoint.config), shapes).values())
+
+
 def _saved_bytes(config: PruneConfig, checkpoint: Checkpoint, family: Family, target: int) -> int:
     """Bytes of the pruned model and what is written beside it."""
     per_parameter = checkpoint.num_bytes / checkpoint.num_parameters
     if config.dtype != "auto":
         per_parameter = 4 if config.dtype == "fp32" else 2
-    saved = target
-    if config.compensation != "none":  # the weights that a resume needs, of two iterations for a moment
-        names = [
-            name
-            for layer, widths in enumerate(layer_widths(checkpoint.config))
-            for name in column_weights(family, layer, widths, checkpoint.tensors)
-        ]
-        saved += 2 * sum(checkpoint.tensors[name].numel for name in names)
-    return int(saved * per_parameter) + 32 * 2**20
+    shapes = [
+        checkpoint.tensors[name].shape
+        for layer, widths in enumerate(layer_widths(checkpoint.config))
+        for name in column_weights(family, layer, widths, checkpoint.tensors)
+    ]
+    saved, state = target * per_parameter, 0.0
+    if config.compensation == "bias":
+        state += sum(rows for rows, _ in shapes) * per_parameter
+    if config.compensation == "least_squares":
+        state += sum(rows * columns for rows, columns in shapes) * per_parameter
+        if config.carry_over:
+            state += sum(rows**2 + columns**2 for rows, columns in shapes) * 4
+    return int(saved + 2 * state) + 32 * 2**20  # what a resume needs is there twice for a moment
 
 
-def _calibration_tokens(config: PruneConfig, checkpoint: Checkpoint) -> TokenizedDocuments:
+def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint.directory)
+    return tokenizer
+
+
+def _calibration_tokens(config: PruneConfig, checkpoint: Checkpoint) -> TokenizedDocuments:
+    tokenizer = _tokenizer(checkpoint)
     check_vocabulary(tokenizer, checkpoint.config["vocab_size"])
     documents = load_documents(
         config.calibration,
         part="calibration" if config.calibration == "default" else None,
         column=config.calibration_column,
     )
-    tokens = tokenize(documents, tokenizer)
+    prefix = prefix_token(tokenizer, config.prefix_bos)
+    tokens = dataclasses.replace(tokenize(documents, tokenizer), prefix_token_id=prefix)
     _draw(config, tokens, 0)  # too little text shows now, not after the model is loaded
     return tokens
 
@@ -239,11 +304,12 @@ def _draw(config: PruneConfig, tokens: TokenizedDocuments, iteration: int) -> to
 
 def _prune(
     config: PruneConfig,
-    estimator: Estimator,
+    estimator: Estimator | None,
     run: RunDirectory,
     engine: InMemoryEngine,
     tokens: TokenizedDocuments,
     budget: UnitBudget,
+    sizes: list[int],
     embeddings: int,
     target: int,
     resources: tuple[Resource, ...],
@@ -260,6 +326,7 @@ def _prune(
         keep_indices=tuple({k: np.arange(n) for k, n in layer.items()} for layer in units),
     )
     sparsity: Floats = np.zeros(len(budget.initial))
+    earlier: Scores | None = None
     iteration = 0
     state = run.load_state()
     latency = None
@@ -275,40 +342,61 @@ def _prune(
             )
         plan = saved
         engine.remove_units(plan.keep_indices)
-        if config.compensation != "none":
-            engine.load_tensors(run.load_tensors(iteration))
+        engine.keep_layers(plan.kept_layers)
+        tensors = run.load_tensors(iteration)
+        engine.load_tensors({name: tensors[name] for name in _column_tensors(config, engine)})
+        if config.carry_over:
+            earlier = Scores.from_tensors(tensors, engine.model.device)
     run.log("resumed" if state else "started", iteration=iteration, parameters=engine.num_parameters)
     with _deterministic(engine.model.device):
         while True:
-            now = _restricted(config, engine.budget(budget.initial), resources)
-            if not (latency.limited(now) if latency else now).over(now.current, target):
+            now = None
+            if estimator is not None:
+                now = _restricted(config, engine.budget(budget.initial), resources)
+                if not (latency.limited(now) if latency else now).over(now.current, target):
+                    break
+            elif engine.num_parameters <= target:
                 break
             iteration += 1
-            record, keep, sparsity = _iterate(
-                config,
-                estimator,
-                engine,
-                tokens,
-                budget.initial,
-                sparsity,
-                target,
-                iteration,
-                resources=resources,
-                latency=latency,
-            )
-            plan = dataclasses.replace(
-                plan,
-                keep_indices=tuple(
-                    {kind: old[kind][new[kind]] for kind in old}
-                    for old, new in zip(plan.keep_indices, keep, strict=True)
-                ),
-            )
+            if estimator is None:
+                record, plan = remove_layers(
+                    config,
+                    engine,
+                    _draw(config, tokens, iteration),
+                    plan,
+                    sizes=sizes,
+                    protected=budget.protected,
+                    target=target,
+                    iteration=iteration,
+                )
+            else:
+                assert now is not None
+                record, keep, sparsity, earlier = _iterate(
+                    config,
+                    estimator,
+                    engine,
+                    tokens,
+                    now,
+                    sparsity,
+                    target,
+                    iteration,
+                    resources=resources,
+                    latency=latency,
+                    earlier=earlier,
+                )
+                plan = dataclasses.replace(
+                    plan,
+                    keep_indices=tuple(
+                        {kind: old[kind][new[kind]] for kind in old}
+                        for old, new in zip(plan.keep_indices, keep, strict=True)
+                    ),
+                )
             progress = {"sparsity": sparsity.tolist(), "plan": plan.to_json()}
             run.save_iteration(
                 iteration,
                 record,
                 progress | ({"latency": latency.state()} if latency else {}),
-                engine.column_tensors() if config.compensation != "none" else None,
+                _column_tensors(config, engine) | (earlier.tensors() if earlier else {}),
             )
             run.log("iteration", **{key: record[key] for key in ("iteration", "loss", "parameters")})
             if on_iteration:
@@ -319,12 +407,12 @@ def _prune(
                         budget.num_parameters,
                         record["parameters"],
                         None if config.target is None else target,
-                        record["resources"],
+                        record.get("resources", {}),
                     )
                 )
     plan.save(run.plan)
     records = run.iterations()
-    used = usage(resources, latency, now)
+    used = usage(resources, latency, now) if now else {}
     write_json(
         run.metrics,
         _metrics(engine, budget, embeddings, None if config.target is None else target, used, records),
@@ -343,50 +431,84 @@ def _iterate(
     estimator: Estimator,
     engine: InMemoryEngine,
     tokens: TokenizedDocuments,
-    initial: tuple[dict[str, int], ...],
+    budget: UnitBudget,
     sparsity: Floats,
     target: int,
     iteration: int,
     *,
     resources: tuple[Resource, ...] = (),
     latency: Latency | None = None,
-) -> tuple[dict[str, Any], tuple[dict[str, Indices], ...], Floats]:
-    """One round of score, allocate and surgery; returns its record, the kept units and the sparsity."""
+    earlier: Scores | None = None,
+) -> tuple[dict[str, Any], tuple[dict[str, Indices], ...], Floats, Scores | None]:
+    """One round of score, allocate and surgery.
+
+    Args:
+        earlier: what the rounds before measured at the units there are now, if it counts.
+    Returns:
+        Its record, the kept units, the sparsity, and what counts in the next round.
+    """
+    assert config.iterations is not None  # resolved
+    carry_over = config.carry_over or 0.0
     clock = [time.perf_counter()]
+    batch = _draw(config, tokens, iteration)
     scores = engine.score(
-        _draw(config, tokens, iteration),
+        batch,
         micro_batch_size=config.micro_batch_size,
         metric=config.layer_metric,
         gradients=config.gradients,
         estimator=estimator,
         gqa_credit=config.gqa_credit or "owner",
         seed=(config.seed, iteration),
-        grams=config.compensation != "none",
+        grams=config.compensation == "least_squares",
+        means=config.compensation == "bias",
         ridge=config.ridge,
+        earlier=earlier,
+        share=1 / sum(carry_over**age for age in range(iteration)),
     )
     clock.append(time.perf_counter())
     layer_importance = normalize_importance(scores.layer_importance, config.normalize)
-    lanes = [{kind.name: kind.lanes(w) for kind in engine.family.unit_kinds} for w in engine.widths]
+    lanes = [{kind.name: kind.lanes(w) for kind in engine.family.kinds_in(w)} for w in engine.widths]
     bundled = tuple(
         {kind: bundle_importance(values, layer_lanes[kind]) for kind, values in layer.items()}
         for layer, layer_lanes in zip(scores.unit_importance, lanes, strict=True)
     )
-    budget = _restricted(config, engine.budget(initial), resources)
     rows = engine.widths[0].head_dim
 
-    def choose(budget: UnitBudget) -> tuple[Allocation, tuple[dict[str, Indices], ...]]:
-        allocation = _allocate(config, budget, sparsity, layer_importance, bundled, target, rows)
-        return allocation, tuple(
-            {kind: select_units(importance[kind], count, layer_lanes[kind]) for kind, count in counts.items()}
-            for importance, counts, layer_lanes in zip(
-                scores.unit_importance, allocation.counts, lanes, strict=True
-            )
+    def kept(counts: Counts) -> Keep:
+        return tuple(
+            {kind: select_units(importance[kind], count, layer_lanes[kind]) for kind, count in layer.items()}
+            for importance, layer, layer_lanes in zip(scores.unit_importance, counts, lanes, strict=True)
         )
 
-    allocation, keep = latency.settle(budget, target, choose, engine) if latency else choose(budget)
+    def choose(budget: UnitBudget) -> tuple[Allocation, Keep]:
+        allocation = _allocate(config, budget, sparsity, layer_importance, bundled, target, rows)
+        return allocation, kept(allocation.counts)
+
+    search: Search | None = None
+    if config.allocation == "search":
+        with engine.masked_loss(batch[:SEARCHED], micro_batch_size=config.micro_batch_size) as loss:
+            allocation, search = allocate_by_search(
+                budget,
+                sparsity,
+                layer_importance,
+                bundled,
+                lambda counts: loss(kept(counts)),
+                target=target,
+                iterations=config.iterations,
+                amplitude=config.amplitude,
+                evaluations=config.search_evaluations,
+                seed=(config.seed, iteration),
+            )
+        keep = kept(allocation.counts)
+    else:
+        allocation, keep = latency.settle(budget, target, choose, engine) if latency else choose(budget)
     clock.append(time.perf_counter())
+    widths = engine.widths
     engine.remove_units(
-        keep, grams=scores.grams if config.compensation != "none" else None, ridge=config.ridge
+        keep,
+        grams=scores.grams if config.compensation == "least_squares" else None,
+        means=scores.means,
+        ridge=config.ridge,
     )
     clock.append(time.perf_counter())
     record = {
@@ -408,7 +530,15 @@ def _iterate(
         ],
         "seconds": dict(zip(("score", "allocate", "surgery"), np.diff(clock).round(4).tolist(), strict=True)),
     }
-    return record, keep, allocation.sparsity
+    if search is not None:
+        record["search"] = dataclasses.asdict(search)
+    carried = scores.kept(engine.model, engine.family, widths, keep) if carry_over else None
+    return record, keep, allocation.sparsity, carried
+
+
+def _column_tensors(config: PruneConfig, engine: InMemoryEngine) -> dict[str, torch.Tensor]:
+    """The weights that a plan alone does not give."""
+    return engine.column_tensors() if config.compensation != "none" else {}
 
 
 def _allocate(
@@ -420,6 +550,7 @@ def _allocate(
     target: int,
     rows_of_head: int,
 ) -> Allocation:
+    assert config.iterations is not None  # resolved
     rounds: dict[str, int] = {"target": target, "iterations": config.iterations}
     if config.allocation == "uniform":
         return allocate_uniform(budget, sparsity, units, **rounds)

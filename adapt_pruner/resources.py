@@ -114,7 +114,7 @@ def unit_flops(
     costs = []
     for layer, parameters, attended in zip(widths, unit_costs(family, widths, matrices), tokens, strict=True):
         cost = {}
-        for kind in family.unit_kinds:
+        for kind in family.kinds_in(layer):
             after = kind.resized(layer, kind.count(layer) - kind.lanes(layer))
             heads = layer.num_attention_heads - after.num_attention_heads
             cost[kind.name] = 2 * parameters[kind.name] + 4 * heads * layer.head_dim * attended
@@ -131,7 +131,7 @@ def unit_cache(family: Family, widths: tuple[LayerWidths, ...], bytes_per_value:
     costs = []
     for layer, size in zip(widths, bytes_per_value, strict=True):
         cost = {}
-        for kind in family.unit_kinds:
+        for kind in family.kinds_in(layer):
             after = kind.resized(layer, kind.count(layer) - kind.lanes(layer))
             heads = layer.num_key_value_heads - after.num_key_value_heads
             cost[kind.name] = 2 * heads * layer.head_dim * size

@@ -132,12 +132,12 @@ class RunDirectory:
         """Records a finished iteration; a kill after this resumes behind it.
 
         Args:
-            tensors: weights that cannot be made again from `state`.
+            tensors: what cannot be made again from `state`.
         """
         (self.path / "iterations").mkdir(exist_ok=True)
         write_json(self.path / "iterations" / f"{number:03}.json", record)
         self._state.parent.mkdir(exist_ok=True)
-        if tensors is not None:
+        if tensors:
             write_tensors(self._tensors(number), tensors)
         write_text(self._state, json.dumps({"iteration": number, **state}))
         for old in self._state.parent.glob("*.safetensors"):  # those of before were needed until here
@@ -145,10 +145,11 @@ class RunDirectory:
                 old.unlink()
 
     def load_tensors(self, number: int) -> dict[str, Tensor]:
-        """The tensors that were saved with an iteration, the last finished one."""
+        """The tensors that were saved with an iteration, the last finished one; none if none were."""
         from safetensors.torch import load_file
 
-        return load_file(self._tensors(number))
+        path = self._tensors(number)
+        return load_file(path) if path.exists() else {}
 
     def _tensors(self, number: int) -> Path:
         return self._state.parent / f"tensors-{number:03}.safetensors"

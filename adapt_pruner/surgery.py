@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,15 @@ from adapt_pruner.checkpoint import (
     require_free_space,
     write_json,
 )
-from adapt_pruner.families import Family, LayerWidths, Segment, UnitTensor, find_family, layer_widths
+from adapt_pruner.families import (
+    Family,
+    LayerWidths,
+    Segment,
+    UnitTensor,
+    by_expert,
+    find_family,
+    layer_widths,
+)
 from adapt_pruner.plan import Indices, PruningPlan
 
 MAX_SHARD_BYTES = 4 * 2**30
@@ -55,7 +64,7 @@ def prune_layer(
     pruned = widths
     prefix = family.layer_prefix.format(layer=layer)
     parameters = {f"{prefix}.{name}": p for name, p in model.get_submodule(prefix).named_parameters()}
-    for kind in family.unit_kinds:
+    for kind in family.kinds_in(widths):
         indices = keep[kind.name]
         if len(indices) == kind.count(widths):
             continue
@@ -73,6 +82,24 @@ def prune_layer(
     return pruned
 
 
+def keep_layers(model: Any, family: Family, kept: Sequence[int]) -> None:
+    """Removes whole decoder layers from a live causal LM and its config, in place; no weight is copied.
+
+    Args:
+        kept: numbers of the layers that stay, ascending; they are numbered anew.
+    """
+    from adapt_pruner.modeling.conversion import keep_config_layers
+
+    owner, _, leaf = family.layers_module.rpartition(".")
+    layers = model.get_submodule(family.layers_module)
+    setattr(model.get_submodule(owner), leaf, nn.ModuleList(layers[i] for i in kept))
+    for number, layer in enumerate(model.get_submodule(family.layers_module)):
+        for module in layer.modules():
+            if isinstance(module.__dict__.get("layer_idx"), int):  # its place in the KV cache
+                module.layer_idx = number
+    keep_config_layers(model.config, kept)
+
+
 def gather_members(
     tensors: Mapping[str, Tensor], members: Sequence[UnitTensor], keep: Indices, *, backend: str = "auto"
 ) -> dict[str, Tensor]:
@@ -84,6 +111,37 @@ def gather_members(
         tensors: those that the members name.
         keep: sorted int64 indices among the units there are now.
     """
+    matrices: dict[str, list[Tensor]] = {}
+    for part in by_expert(members).values():
+        kept = _within_expert(part[0], tensors[part[0].name].shape, keep)
+        for name, matrix in _gather_matrices(tensors, part, kept, backend).items():
+            matrices.setdefault(name, []).append(matrix)
+    results = {}
+    for member in members:
+        name, shape = member.name, tensors[member.name].shape
+        if len(shape) < 3:
+            results[name] = matrices[name][0]
+        elif member.expert is None:
+            results[name] = matrices[name][0].unflatten(0, (-1, shape[1]))
+        elif name not in results:
+            results[name] = torch.stack(matrices[name])
+    return results
+
+
+def _within_expert(member: UnitTensor, shape: Sequence[int], keep: Indices) -> Indices:
+    """The kept units that lie in this member, numbered as in it."""
+    if member.expert is None:
+        return keep
+    rows = member.matrix_shape(shape)[member.dim] if member.segment is None else member.segment.length
+    units = rows // member.group_size
+    numbers: Indices = keep - member.expert * units
+    return numbers[(numbers >= 0) & (numbers < units)]
+
+
+def _gather_matrices(
+    tensors: Mapping[str, Tensor], members: Sequence[UnitTensor], keep: Indices, backend: str
+) -> dict[str, Tensor]:
+    """The kept units of members that share their units, all of them or those of one expert."""
     gathered = kernels.gather_units(
         [m.view(tensors[m.name]) for m in members],
         [m.dim for m in members],
@@ -100,21 +158,25 @@ def gather_members(
             parts.setdefault(member.name, []).append((member.segment, member.dim, value))
     for name, values in parts.items():
         dim, end, pieces = values[0][1], 0, []
+        whole = replace(members[0], segment=None).view(tensors[name])
         for segment, _, value in sorted(values, key=lambda part: part[0].start):
-            pieces += [tensors[name].narrow(dim, end, segment.start - end), value]
+            pieces += [whole.narrow(dim, end, segment.start - end), value]
             end = segment.start + segment.length
-        pieces.append(tensors[name].narrow(dim, end, tensors[name].shape[dim] - end))
+        pieces.append(whole.narrow(dim, end, whole.shape[dim] - end))
         results[name] = torch.cat(pieces, dim)
     return results
 
 
 def _tell_modules(layer: nn.Module, widths: LayerWidths, *, config: bool) -> None:
     """Updates what stock modules remember of the widths and read in their forward pass."""
-    from adapt_pruner.modeling.modeling_adapt import LayerConfigView
+    from adapt_pruner.modeling.modeling_adapt import LayerConfigView, choose_experts_function
 
     heads, kv_heads = widths.num_attention_heads, widths.num_key_value_heads
     names = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
     remembered = {**names, "num_heads": heads, "num_key_value_groups": heads // kv_heads}
+    if widths.num_experts:
+        remembered["num_experts"], remembered["top_k"] = widths.num_experts, widths.experts_per_token
+        remembered["intermediate_dim"] = widths.intermediate_size  # of experts alone
     module: Any
     for module in layer.modules():
         for name, value in remembered.items():
@@ -122,6 +184,8 @@ def _tell_modules(layer: nn.Module, widths: LayerWidths, *, config: bool) -> Non
                 setattr(module, name, value)
         if config and "config" in module.__dict__:
             module.config = LayerConfigView(module.config, **names)
+    if widths.num_experts:
+        choose_experts_function(layer)
 
 
 def apply_plan(
@@ -146,7 +210,7 @@ def apply_plan(
     """
     from transformers import AutoConfig
 
-    from adapt_pruner.modeling.conversion import pruned_config
+    from adapt_pruner.modeling.conversion import keep_config_layers, pruned_config
 
     output = Path(output)
     require_empty(output)
@@ -158,11 +222,15 @@ def apply_plan(
             "original weights (uncompensated)"
         )
     checkpoint = open_checkpoint(model)
-    family = find_family(checkpoint.config.get("model_type")).with_granularity(plan.granularity)
+    family = find_family(checkpoint.config.get("model_type"))
+    family = family.with_granularity(plan.granularity, plan.mlp_granularity)
     _require_same_model(plan, checkpoint, family)
     base = layer_widths(checkpoint.config)
-    config = pruned_config(AutoConfig.from_pretrained(checkpoint.directory), plan.widths(family, base))
-    sources = _tensor_sources(plan, checkpoint, family, base)
+    widths = plan.widths(family, base)
+    config = AutoConfig.from_pretrained(checkpoint.directory)
+    keep_config_layers(config, plan.kept_layers)
+    config = pruned_config(config, widths)
+    sources = _of_kept_layers(_tensor_sources(plan, checkpoint, family, base), plan, family)
     shards = _plan_shards(sources)
     require_free_space(output, sum(sum(s.num_bytes for s in shard) for shard in shards))
     with atomic_directory(output) as partial:
@@ -183,39 +251,86 @@ def apply_plan(
 
 
 class _TensorSource:
-    """One tensor of the base checkpoint and what the plan leaves of it."""
+    """One tensor of the base checkpoint, what the plan leaves of it, and its name in the pruned model."""
 
     def __init__(
-        self, name: str, info: TensorInfo, members: Sequence[UnitTensor] = (), keep: Indices | None = None
+        self,
+        base_name: str,
+        name: str,
+        info: TensorInfo,
+        members: Sequence[UnitTensor] = (),
+        keep: Indices | None = None,
     ) -> None:
-        self.name, self.info, self._members, self._keep = name, info, members, keep
+        self._base_name, self.name, self.info = base_name, name, info
+        self._members, self._keep = members, keep
 
     @property
     def num_bytes(self) -> int:
-        shape = list(self.info.shape)
+        numel = self.info.numel
         for member in self._members:
             assert self._keep is not None
-            before = self.info.shape[member.dim] if member.segment is None else member.segment.length
-            shape[member.dim] -= before - len(self._keep) * member.group_size
-        return math.prod(shape) * DTYPE_BYTES[self.info.dtype]
+            shape = member.matrix_shape(self.info.shape)
+            before = shape[member.dim] if member.segment is None else member.segment.length
+            after = len(_within_expert(member, self.info.shape, self._keep)) * member.group_size
+            numel -= (before - after) * (math.prod(shape) // shape[member.dim])
+        return numel * DTYPE_BYTES[self.info.dtype]
 
     def read(self) -> Tensor:
         with safe_open(self.info.shard, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self.name)
+            tensor: Tensor = file.get_tensor(self._base_name)
         if self._keep is None:
             return tensor
-        return gather_members({self.name: tensor}, self._members, self._keep)[self.name]
+        return gather_members({self._base_name: tensor}, self._members, self._keep)[self._base_name]
 
 
 def _tensor_sources(
     plan: PruningPlan, checkpoint: Checkpoint, family: Family, base: tuple[LayerWidths, ...]
 ) -> list[_TensorSource]:
     pruned: dict[str, tuple[list[UnitTensor], Indices]] = {}
+    names = {name: name for name in checkpoint.tensors}
     for layer, (widths, keep) in enumerate(zip(base, plan.keep_indices, strict=True)):
-        for kind in family.unit_kinds:
-            for member in family.unit_tensors(kind, layer, widths, checkpoint.tensors):
+        for kind in family.kinds_in(widths):
+            members = family.unit_tensors(kind, layer, widths, checkpoint.tensors)
+            if kind.name == "expert":
+                _renumber_experts(names, members, keep[kind.name])
+                members = tuple(member for member in members if member.expert is None)
+            for member in members:
                 pruned.setdefault(member.name, ([], keep[kind.name]))[0].append(member)
-    return [_TensorSource(name, info, *pruned.get(name, ())) for name, info in checkpoint.tensors.items()]
+    return [
+        _TensorSource(base_name, name, checkpoint.tensors[base_name], *pruned.get(base_name, ()))
+        for base_name, name in names.items()
+    ]
+
+
+def _renumber_experts(names: dict[str, str], members: Sequence[UnitTensor], keep: Indices) -> None:
+    """Takes the tensors of whole experts out of `names` that go, and gives the others their new names."""
+    parts = by_expert(members)
+    parts.pop(None, None)  # tensors that all experts share
+    for part in parts.values():
+        for tensor in part:
+            del names[tensor.name]
+    if parts:
+        for number, expert in enumerate(keep.tolist()):
+            for old, new in zip(parts[expert], parts[number], strict=True):
+                names[old.name] = new.name
+
+
+def _of_kept_layers(sources: list[_TensorSource], plan: PruningPlan, family: Family) -> list[_TensorSource]:
+    """The tensors without those of removed layers, saved under the new numbers of their layers."""
+    layers = {family.layer_prefix.format(layer=i): i for i in range(len(plan.keep_indices))}
+    numbers = {layer: number for number, layer in enumerate(plan.kept_layers)}
+    parts = family.layer_prefix.count(".") + 1
+    result = []
+    for source in sources:
+        prefix = ".".join(source.name.split(".")[:parts])
+        layer = layers.get(prefix)
+        if layer in plan.removed_layers:
+            continue
+        if layer is not None:
+            new_prefix = family.layer_prefix.format(layer=numbers[layer])
+            source.name = new_prefix + source.name.removeprefix(prefix)
+        result.append(source)
+    return result
 
 
 def _plan_shards(sources: list[_TensorSource]) -> list[list[_TensorSource]]:

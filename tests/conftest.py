@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
-from tiny import FAMILIES, make_model, make_text
+from tiny import FAMILIES, SPARSE_FAMILIES, make_model, make_text
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +45,7 @@ def _token_cache(tmp_path_factory):
 def tiny_models(tmp_path_factory, tokenizer) -> dict[str, Path]:
     """Directories of a tiny model per family, with its tokenizer; not to be written to."""
     directories = {}
-    for family in FAMILIES:
+    for family in (*FAMILIES, *SPARSE_FAMILIES):
         directories[family] = tmp_path_factory.mktemp("models") / family
         make_model(family).save_pretrained(directories[family])
         tokenizer.save_pretrained(directories[family])

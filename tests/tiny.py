@@ -44,6 +44,24 @@ FAMILIES = {
     "phi3": ("Phi3Config", "Phi3ForCausalLM", {}),
 }  # fmt: skip
 
+# Mixtures of experts, whose channels come in equal numbers per expert: what tests keep has to suit them.
+SPARSE_FAMILIES = {
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {"intermediate_size": 24, "num_local_experts": 5, "num_experts_per_tok": 3},
+    ),
+    # Layer 2 has an ordinary MLP.
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {
+            "moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 2, "mlp_only_layers": [2],
+            "norm_topk_prob": True,
+        },
+    ),
+}  # fmt: skip
+
 
 def make_model(
     family: str, *, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32, **changes
@@ -51,7 +69,7 @@ def make_model(
     """A random model of a family, with the biases it can have, at a scale where layers matter."""
     import transformers
 
-    config_name, model_name, settings = FAMILIES[family]
+    config_name, model_name, settings = (FAMILIES | SPARSE_FAMILIES)[family]
     config = getattr(transformers, config_name)(
         **{**SHAPE, "tie_word_embeddings": tied, **settings, **changes}
     )
@@ -59,7 +77,7 @@ def make_model(
     model = getattr(transformers, model_name)(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim > 1:
                 parameter.normal_(0, 0.15)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,21 +13,36 @@ from torch import Tensor
 
 from adapt_pruner.budget import Counts, UnitBudget
 from adapt_pruner.checkpoint import Checkpoint, CheckpointError, copy_side_files, open_checkpoint
-from adapt_pruner.compensation import compensated_weights, replace_weights
+from adapt_pruner.compensation import (
+    add_output_biases,
+    bias_of,
+    compensated_biases,
+    compensated_weights,
+    replace_weights,
+)
 from adapt_pruner.config import RIDGE
-from adapt_pruner.families import Granularity, find_family, layer_widths, removal_counts, unit_costs
+from adapt_pruner.families import (
+    Granularity,
+    MlpGranularity,
+    find_family,
+    layer_widths,
+    removal_counts,
+    unit_costs,
+)
 from adapt_pruner.kernels.backends import choose_backend
 from adapt_pruner.plan import Indices
 from adapt_pruner.scoring import Scores, score
-from adapt_pruner.scoring.estimators import TAYLOR_FIRST, Estimator, GqaCredit
+from adapt_pruner.scoring.estimators import TAYLOR_FIRST, Estimator, GqaCredit, weights_alone
 from adapt_pruner.scoring.gradients import Gradients
-from adapt_pruner.scoring.gram import Grams, column_weights
+from adapt_pruner.scoring.gram import Grams, Means, column_weights
 from adapt_pruner.scoring.layers import Metric
-from adapt_pruner.surgery import prune_layer
+from adapt_pruner.scoring.masking import MaskedLoss
+from adapt_pruner.surgery import keep_layers, prune_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_NO_UNITS = Estimator("none", weights_alone(lambda subject: []), "no unit is scored", "-")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -104,13 +120,18 @@ class InMemoryEngine:
         dtype: str = "auto",
         backend: str = "auto",
         granularity: Granularity = "kv_group",
+        mlp_granularity: MlpGranularity = "channel",
+        output_biases: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
-        self.family = find_family(checkpoint.config.get("model_type")).with_granularity(granularity)
+        family = find_family(checkpoint.config.get("model_type"))
+        self.family = family.with_granularity(granularity, mlp_granularity)
         self.widths = layer_widths(checkpoint.config)
         choose_backend(backend, resolve_device(device))  # fails before the weights are read
         self.model = load_model(checkpoint, device=device, dtype=dtype)
-        self._backend = backend
+        self._backend, self._output_biases = backend, output_biases
+        if output_biases:
+            add_output_biases(self.model, self.family, self.widths)
 
     @property
     def num_parameters(self) -> int:
@@ -134,7 +155,10 @@ class InMemoryEngine:
         gqa_credit: GqaCredit = "owner",
         seed: tuple[int, ...] = (0,),
         grams: bool = False,
+        means: bool = False,
         ridge: float = RIDGE,
+        earlier: Scores | None = None,
+        share: float = 1.0,
     ) -> Scores:
         """Unit and layer importance from one pass over `batch`, [sequences, length]; see `scoring.score`."""
         return score(
@@ -149,23 +173,57 @@ class InMemoryEngine:
             gqa_credit=gqa_credit,
             seed=seed,
             grams=grams,
+            means=means,
             ridge=ridge,
+            earlier=earlier,
+            share=share,
             backend=self._backend,
         )
 
+    def score_layers(self, batch: Tensor, *, micro_batch_size: int, metric: Metric = "cosine") -> Scores:
+        """Loss and layer importance alone, from forward passes."""
+        return score(
+            self.model,
+            dataclasses.replace(self.family, unit_kinds=()),
+            self.widths,
+            batch.to(self.model.device),
+            micro_batch_size=micro_batch_size,
+            metric=metric,
+            estimator=_NO_UNITS,
+            backend=self._backend,
+        )
+
+    def keep_layers(self, kept: Sequence[int]) -> None:
+        """Removes all layers but these, numbered as they are now, ascending."""
+        keep_layers(self.model, self.family, kept)
+        self.widths = tuple(self.widths[layer] for layer in kept)
+
+    def masked_loss(self, batch: Tensor, *, micro_batch_size: int) -> MaskedLoss:
+        """Context that measures losses over `batch`, [sequences, length], without some of the units."""
+        batch = batch.to(self.model.device)
+        return MaskedLoss(self.model, self.family, self.widths, batch, micro_batch_size=micro_batch_size)
+
     def remove_units(
-        self, keep: Sequence[Mapping[str, Indices]], *, grams: Grams | None = None, ridge: float = RIDGE
+        self,
+        keep: Sequence[Mapping[str, Indices]],
+        *,
+        grams: Grams | None = None,
+        means: Means | None = None,
+        ridge: float = RIDGE,
     ) -> None:
         """Keeps the named units of every layer, numbered as they are now; the rest is gone for good.
 
         Args:
             grams: compensate for the removed units by least squares, with these second moments of the
                 inputs of the model as it is now.
+            means: compensate by biases, which the model has, with these means of the inputs.
         """
         result = []
         for layer, (widths, layer_keep) in enumerate(zip(self.widths, keep, strict=True)):
             what = (self.model, self.family, layer, widths, layer_keep)
             compensated = compensated_weights(*what, grams, ridge=ridge) if grams is not None else {}
+            if means is not None:
+                compensated |= compensated_biases(*what, means)
             result.append(prune_layer(*what, backend=self._backend))
             replace_weights(self.model, compensated)
         self.widths = tuple(result)
@@ -187,13 +245,16 @@ class InMemoryEngine:
         return model
 
     def column_tensors(self) -> dict[str, Tensor]:
-        """Every down_proj and o_proj as it is now, which is what compensation changes."""
+        """What compensation changes: every down_proj and o_proj as it is now, or their biases alone."""
         parameters = dict(self.model.named_parameters())
-        return {
-            name: parameters[name].detach()
+        names = [
+            name
             for layer, widths in enumerate(self.widths)
             for name in column_weights(self.family, layer, widths, parameters)
-        }
+        ]
+        if self._output_biases:
+            names = [bias_of(name) for name in names]
+        return {name: parameters[name].detach() for name in names}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts what `column_tensors` gave into a model that has lost the same units."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapt_pruner.data import check_vocabulary, load_documents, read_text, tokenize
+from adapt_pruner.data import check_vocabulary, load_documents, prefix_token, read_text, tokenize
 from adapt_pruner.evaluation.log_probabilities import check_logits, evaluating, token_log_probabilities
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def evaluate_perplexity(
     stride: int | None = None,
     max_tokens: int | None = None,
     batch_size: int = 1,
-    prefix_bos: bool = False,
+    prefix_bos: bool | None = None,
 ) -> PerplexityResult:
     """Perplexity of a model on a text source, read as one stream; see `perplexity` for the other arguments.
 
@@ -189,14 +189,13 @@ def evaluate_perplexity(
 
     Args:
         source, part, column, split: as for `data.load_documents`.
-        prefix_bos: put the tokenizer's BOS in front of every window.
+        prefix_bos: put the tokenizer's BOS in front of every window; None: where it adds it to text itself.
     Raises:
         ValueError: as for `perplexity` and `data.load_documents`, the tokenizer does not belong to the model,
             or it has no BOS although one was asked for.
     """
     check_vocabulary(tokenizer, model.config.get_text_config().vocab_size)
-    if prefix_bos and tokenizer.bos_token_id is None:
-        raise ValueError("prefix_bos was asked for, but the tokenizer has no BOS token")
+    prefix = prefix_token(tokenizer, prefix_bos)
     path = Path(source).expanduser()
     if part is None and path.suffix == ".txt" and path.is_file() and path.stat().st_size:
         text = read_text(path)
@@ -210,6 +209,6 @@ def evaluate_perplexity(
         context=context,
         stride=stride,
         batch_size=batch_size,
-        prefix_token_id=tokenizer.bos_token_id if prefix_bos else None,
+        prefix_token_id=prefix,
         num_bytes=len(seen.encode("utf-8")),
     )

@@ -4,9 +4,11 @@ from adapt_pruner.families.base import (
     Family,
     Granularity,
     LayerWidths,
+    MlpGranularity,
     Segment,
     UnitKind,
     UnitTensor,
+    by_expert,
     is_uniform,
     layer_widths,
     removal_counts,
@@ -15,10 +17,11 @@ from adapt_pruner.families.base import (
 )
 from adapt_pruner.families.gemma import GEMMA2, GEMMA3
 from adapt_pruner.families.llama import LLAMA
+from adapt_pruner.families.mixtral import MIXTRAL
 from adapt_pruner.families.phi import PHI3
-from adapt_pruner.families.qwen import QWEN2, QWEN3
+from adapt_pruner.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 
-FAMILIES: list[Family] = [LLAMA, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3]
+FAMILIES: list[Family] = [LLAMA, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, MIXTRAL, QWEN3_MOE]
 
 
 def add_family(family: Family) -> None:
@@ -57,10 +60,12 @@ __all__ = [
     "Family",
     "Granularity",
     "LayerWidths",
+    "MlpGranularity",
     "Segment",
     "UnitKind",
     "UnitTensor",
     "add_family",
+    "by_expert",
     "find_family",
     "is_uniform",
     "known_model_types",

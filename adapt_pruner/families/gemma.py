@@ -15,10 +15,12 @@ GEMMA2 = Family(
     embeddings=("model.embed_tokens.weight", "lm_head.weight"),
     unit_kinds=(attention_kv_group(), gated_mlp_channel()),
     models="Gemma 2",
+    source="arXiv 2408.00118",
 )
 GEMMA3 = replace(
     GEMMA2,
     name="gemma3",
     model_types=("gemma3_text", "adapt_gemma3_text"),
     models="Gemma 3, text models (270M, 1B)",
+    source="arXiv 2503.19786",
 )

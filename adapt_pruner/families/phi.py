@@ -10,5 +10,6 @@ PHI3 = Family(
     embeddings=("model.embed_tokens.weight", "lm_head.weight"),
     unit_kinds=(fused_attention_kv_group(), fused_gated_mlp_channel()),
     models="Phi-3, Phi-3.5, Phi-4, without vision or experts",
+    source="arXiv 2404.14219",
     config_widths=True,
 )

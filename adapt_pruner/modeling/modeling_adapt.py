@@ -8,16 +8,20 @@ The widths live in transformers' own key `per_layer_config`, which holds what di
 
     {"0": {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 96}, ...}
 
-The global values beside it are the maxima over all layers.
+The global values beside it are the maxima over all layers. `output_biases` names linear modules of a layer,
+such as "mlp.down_proj", that have a bias in every layer though the stock architecture has none there.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -31,6 +35,9 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     MistralModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    MixtralModel,
     Phi3Config,
     Phi3ForCausalLM,
     Phi3Model,
@@ -41,7 +48,25 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3MoeModel,
 )
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+# Channels of experts for which the grouped matrix product of stock models works in every dtype: it wants rows
+# of a multiple of 16 bytes.
+EXPERT_CHANNELS = 8
+
+# Experts are one tensor in a module and one each in a checkpoint, as in the stock models.
+for _stock_type in ("mixtral", "qwen3_moe"):
+    register_checkpoint_conversion_mapping(
+        f"adapt_{_stock_type}", get_checkpoint_conversion_mapping(_stock_type), overwrite=True
+    )
 
 
 class PerLayerConfigMixin:
@@ -72,9 +97,13 @@ class PerLayerConfigMixin:
                 raise ValueError(
                     f"layer {i}: {heads} attention heads are not a multiple of {kv_heads} KV heads"
                 )
-            if layer.intermediate_size < 1:
+            for key in ("intermediate_size", "moe_intermediate_size", "num_local_experts"):
+                if getattr(layer, key, 1) < 1:
+                    raise ValueError(f"layer {i}: {key} is {getattr(layer, key)}, expected 1 or more")
+            experts = getattr(layer, "num_local_experts", None)
+            if experts is not None and not 1 <= layer.num_experts_per_tok <= experts:
                 raise ValueError(
-                    f"layer {i}: intermediate_size is {layer.intermediate_size}, expected 1 or more"
+                    f"layer {i}: num_experts_per_tok is {layer.num_experts_per_tok}, expected 1 to {experts}"
                 )
 
     def validate_rope(self) -> None:
@@ -124,9 +153,10 @@ def _readable_maxima(config: PreTrainedConfig) -> Iterator[None]:
 
 
 class LayerConfigView:
-    """The live config of a model with the widths of one layer, for modules that read widths as they run."""
+    """The live config of a model with the widths of one layer, for modules that read widths as they run, or
+    with other values of its own."""
 
-    def __init__(self, config: Any, **widths: int) -> None:
+    def __init__(self, config: Any, **widths: Any) -> None:
         self._config = config._config if isinstance(config, LayerConfigView) else config
         self._widths = widths
 
@@ -164,7 +194,73 @@ class PerLayerModelMixin:
                 # Frequencies that follow the length of the text read it for a head_dim that is given anyway.
                 heads = max(layer_config.num_attention_heads for layer_config in config.per_layer_config)
                 self.rotary_emb.config = LayerConfigView(config, num_attention_heads=heads)
+        for layer in self.layers:
+            for name in getattr(config, "output_biases", None) or ():
+                linear = layer.get_submodule(name)
+                linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
         self.post_init()
+
+
+def experts_of_any_width(
+    experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """What experts give for their tokens, one expert after the other: [tokens, hidden].
+
+    Args:
+        hidden_states: [tokens, hidden]. top_k_index, top_k_weights: [tokens, experts per token].
+    """
+    tokens, choices = top_k_index.shape
+    order = top_k_index.flatten().argsort(stable=True)
+    counts = torch.bincount(top_k_index.flatten(), minlength=experts.num_experts).tolist()
+    outputs = [
+        torch.nn.functional.linear(experts._apply_gate(torch.nn.functional.linear(x, gate_up)), down)
+        for x, gate_up, down in zip(
+            hidden_states[order // choices].split(counts),
+            experts.gate_up_proj.unbind(),
+            experts.down_proj.unbind(),
+            strict=True,
+        )
+    ]
+    weighted = torch.cat(outputs)[order.argsort()] * top_k_weights.reshape(-1, 1)
+    return weighted.view(tokens, choices, -1).sum(1).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register("any_width", experts_of_any_width)
+
+
+def choose_experts_function(layer: Any) -> None:
+    """Lets the experts of a decoder layer, if it has any, run whatever their number of channels."""
+    experts = getattr(layer.mlp, "experts", None)
+    if experts is None:
+        return
+    config = experts.config._config if isinstance(experts.config, LayerConfigView) else experts.config
+    if experts.intermediate_dim % EXPERT_CHANNELS:
+        config = LayerConfigView(config, _experts_implementation="any_width")
+    experts.config = config
+
+
+class PerLayerExpertsModelMixin(PerLayerModelMixin):
+    """A model whose layers may differ in their number of experts and in the channels of those."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        for layer in self.layers:
+            choose_experts_function(layer)
+        routers = [layer.mlp.gate for layer in self.layers if hasattr(layer.mlp, "gate")]
+        most = max((router.num_experts for router in routers), default=0)
+        for router in routers:
+            if router.num_experts < most:
+                router.register_forward_hook(partial(_pad_router_logits, most))
+
+
+def _pad_router_logits(count: int, router: Any, args: Any, output: tuple[torch.Tensor, ...]) -> Any:
+    """Router logits of as many experts in every layer, as the stock loss that balances their load wants them.
+
+    Experts that are not there have probability 0. The experts that a token goes through are chosen already.
+    """
+    logits = output[0]
+    padding = (0, count - logits.shape[-1])
+    return torch.nn.functional.pad(logits, padding, value=float("-inf")), *output[1:]
 
 
 class PerLayerCausalLMMixin:
@@ -290,6 +386,34 @@ class AdaptPhi3ForCausalLM(PerLayerCausalLMMixin, Phi3ForCausalLM):
     _base_model_class = AdaptPhi3Model
 
 
+@strict
+class AdaptMixtralConfig(PerLayerConfigMixin, MixtralConfig):
+    model_type = "adapt_mixtral"
+
+
+class AdaptMixtralModel(PerLayerExpertsModelMixin, MixtralModel):
+    config_class = AdaptMixtralConfig
+
+
+class AdaptMixtralForCausalLM(PerLayerCausalLMMixin, MixtralForCausalLM):
+    config_class = AdaptMixtralConfig
+    _base_model_class = AdaptMixtralModel
+
+
+@strict
+class AdaptQwen3MoeConfig(PerLayerConfigMixin, Qwen3MoeConfig):
+    model_type = "adapt_qwen3_moe"
+
+
+class AdaptQwen3MoeModel(PerLayerExpertsModelMixin, Qwen3MoeModel):
+    config_class = AdaptQwen3MoeConfig
+
+
+class AdaptQwen3MoeForCausalLM(PerLayerCausalLMMixin, Qwen3MoeForCausalLM):
+    config_class = AdaptQwen3MoeConfig
+    _base_model_class = AdaptQwen3MoeModel
+
+
 MODELS = (
     (AdaptLlamaConfig, AdaptLlamaModel, AdaptLlamaForCausalLM),
     (AdaptMistralConfig, AdaptMistralModel, AdaptMistralForCausalLM),
@@ -298,4 +422,6 @@ MODELS = (
     (AdaptGemma2Config, AdaptGemma2Model, AdaptGemma2ForCausalLM),
     (AdaptGemma3TextConfig, AdaptGemma3TextModel, AdaptGemma3TextForCausalLM),
     (AdaptPhi3Config, AdaptPhi3Model, AdaptPhi3ForCausalLM),
+    (AdaptMixtralConfig, AdaptMixtralModel, AdaptMixtralForCausalLM),
+    (AdaptQwen3MoeConfig, AdaptQwen3MoeModel, AdaptQwen3MoeForCausalLM),
 )

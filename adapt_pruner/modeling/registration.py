@@ -16,10 +16,12 @@ _AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 
 
 def register() -> None:
-    """Registers every per-layer-width model with AutoConfig, AutoModel and AutoModelForCausalLM."""
-    from adapt_pruner.modeling.modeling_adapt import MODELS
+    """Makes the Auto classes of transformers know every pruned and sliced model, and MobileLLM."""
+    from adapt_pruner.modeling import modeling_adapt, modeling_sliced
+    from adapt_pruner.modeling.mobilellm import MobileLLMConfig, MobileLLMForCausalLM, MobileLLMModel
 
-    for config, model, causal_lm in MODELS:
+    mobilellm = (MobileLLMConfig, MobileLLMModel, MobileLLMForCausalLM)
+    for config, model, causal_lm in (*modeling_adapt.MODELS, *modeling_sliced.MODELS, mobilellm):
         _register_classes(config, model, causal_lm)
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from adapt_pruner.bench import BenchResult, Comparison
     from adapt_pruner.evaluation.evaluate import EvaluationResult
-    from adapt_pruner.inspection import ModelSummary
+    from adapt_pruner.inspection import LayerSummary, ModelSummary
     from adapt_pruner.pruner import IterationReport
 
 
@@ -169,21 +169,30 @@ def show_inspected(
     before: ModelSummary | None,
     limits: dict[str, dict[str, float]],
 ) -> None:
-    def cell(i: int, key: str) -> str:
-        now = getattr(after.layers[i].widths, key)
-        return f"{getattr(before.layers[i].widths, key)} → {now}" if before else str(now)
+    def cell(now: LayerSummary, was: LayerSummary | None, key: str) -> str:
+        width = str(getattr(now.widths, key))
+        return f"{getattr(was.widths, key)} → {width}" if was else width
 
-    table = Table("layer", "heads", "KV", "channels", "parameters", "kept", "MFLOPs", "KV bytes")
-    for i in range(len(after.layers)):
+    # Channels are those of each expert where there are experts.
+    experts = any(layer.widths.num_experts for layer in (before or after).layers)
+    widths = ["heads", "KV", *(["experts"] * experts), "channels"]
+    table = Table("layer", *widths, "parameters", "kept", "MFLOPs", "KV bytes")
+    there = iter(after.layers)
+    for i in range(len(after.layers) + len(after.removed_layers)):
+        if i in after.removed_layers:
+            table.add_row(str(i), "removed", *[""] * (len(widths) - 1), "0", "0%", "0.00", "0")
+            continue
+        layer, was = next(there), before.layers[i] if before else None
         table.add_row(
             str(i),
-            cell(i, "num_attention_heads"),
-            cell(i, "num_key_value_heads"),
-            cell(i, "intermediate_size"),
-            f"{after.layers[i].parameters:,}",
-            f"{after.layers[i].parameters / before.layers[i].parameters:.0%}" if before else "",
-            f"{after.layers[i].flops_per_token / 1e6:.2f}",
-            f"{after.layers[i].kv_cache_bytes_per_token:,}",
+            cell(layer, was, "num_attention_heads"),
+            cell(layer, was, "num_key_value_heads"),
+            *([cell(layer, was, "num_experts")] * experts),
+            cell(layer, was, "intermediate_size"),
+            f"{layer.parameters:,}",
+            f"{layer.parameters / was.parameters:.0%}" if was else "",
+            f"{layer.flops_per_token / 1e6:.2f}",
+            f"{layer.kv_cache_bytes_per_token:,}",
         )
     console.print(table)
     totals = Table("total", *(["before"] if before else []), "after" if before else "", "")
@@ -267,7 +276,10 @@ def _show_comparison(console: Console, comparison: Comparison) -> None:
 def show_families(console: Console, families: dict[str, Any]) -> None:
     for name, family in families.items():
         stock = ", ".join(t for t in family["model_types"] if not t.startswith("adapt_"))
-        console.print(f"{name}: model_type {stock} ({family['models']})", markup=False, soft_wrap=True)
+        source = f"; {family['source']}" if family["source"] else ""
+        console.print(
+            f"{name}: model_type {stock} ({family['models']}{source})", markup=False, soft_wrap=True
+        )
 
 
 def show_doctor(console: Console, found: dict[str, Any]) -> None:

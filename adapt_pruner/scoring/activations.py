@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from adapt_pruner import kernels
 from adapt_pruner.families import UnitTensor
@@ -31,28 +32,45 @@ def activation_importance(
 ) -> Iterator[Importance]:
     """Scores units by the columns of their output-side matrix (`down_proj`, `o_proj`), summed over each unit.
 
-    A set without such a matrix scores zero.
+    A set without such a matrix scores zero. The input of an expert is that of the tokens that go through it.
 
     Raises:
         NonFiniteError: an input holds NaN or infinity.
-        ValueError: an output-side matrix is not the weight of an nn.Linear.
+        ValueError: an output-side matrix is not the weight of an nn.Linear, nor that of experts.
     """
-    stats: dict[str, ActivationStats] = {}
+    stats: dict[tuple[str, int | None], ActivationStats] = {}
 
     def watch(tensor: UnitTensor) -> Any:
+        if tensor.expert is not None:
+            return watch_expert(tensor, tensor.expert)
         module = model.get_submodule(tensor.name.removesuffix(".weight"))
         if not isinstance(module, nn.Linear):
             raise ValueError(f"{tensor.name} is of a {type(module).__name__}, expected an nn.Linear")
         weight = module.weight
-        stats[tensor.name] = ActivationStats.zeros(weight.shape[1], weight.device)
+        seen = stats[tensor.name, None] = ActivationStats.zeros(weight.shape[1], weight.device)
 
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            stats[tensor.name].update(args[0].detach(), backend=backend)
+            seen.update(args[0].detach(), backend=backend)
 
         return module.register_forward_pre_hook(record)
 
+    def watch_expert(tensor: UnitTensor, expert: int) -> Any:
+        experts: Any = model.get_submodule(tensor.name.rpartition(".")[0])
+        down = experts.down_proj[expert]
+        seen = stats[tensor.name, expert] = ActivationStats.zeros(down.shape[1], down.device)
+
+        def record(module: Any, args: tuple[Tensor, ...]) -> None:
+            hidden, chosen = args[0].detach(), args[1]
+            rows = hidden[chosen.eq(expert).any(-1)]
+            if len(rows):
+                both = functional.linear(rows, module.gate_up_proj[expert].detach())
+                seen.update(module._apply_gate(both), backend=backend)
+
+        return experts.register_forward_pre_hook(record)
+
     def columns(tensor: UnitTensor, head_dim: int) -> Tensor:
-        weight, seen = parameters[tensor.name].detach(), stats[tensor.name]
+        weight = tensor.view(parameters[tensor.name].detach())
+        seen = stats[tensor.name, tensor.expert]
         if not bool(torch.isfinite(seen.mean).all() & torch.isfinite(seen.m2).all()):
             raise kernels.NonFiniteError(f"input of {tensor.name}: expected finite activations")
 
@@ -70,7 +88,7 @@ def activation_importance(
             units = first.shape[members[0].dim] // members[0].group_size
             total = torch.zeros(units, dtype=torch.float64, device=first.device)
             for tensor in members:
-                if tensor.name in stats:
+                if (tensor.name, tensor.expert) in stats:
                     total += columns(tensor, head_dim).view(units, -1).sum(1)
             scores.append(total.float())
         return scores

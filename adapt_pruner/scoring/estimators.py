@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from adapt_pruner import kernels
-from adapt_pruner.families import LayerWidths
+from adapt_pruner.families import LayerWidths, by_expert
 from adapt_pruner.kernels import UnitSet
 from adapt_pruner.scoring.activations import activation_importance, standardised
 from adapt_pruner.scoring.gradients import (
     Importance,
     UnitTensors,
     fisher_importance,
+    gradients_to,
     materialised_importance,
 )
 from adapt_pruner.scoring.gram import Grams
@@ -78,7 +79,8 @@ class Estimator:
             goes through alone.
         fusible: whether the gradients of weights need not exist (`--gradients fused`).
         biases: whether biases count.
-        grams: whether it needs the second moments of inputs.
+        grams: whether it needs the second moments of inputs, and with a loss those of gradients of outputs.
+        of_columns: whether it scores the columns of output-side matrices (`down_proj`, `o_proj`) alone.
         summary: the quantity, in a line.
         source: where it is described.
     """
@@ -91,6 +93,7 @@ class Estimator:
     fusible: bool = False
     biases: bool = True
     grams: bool = False
+    of_columns: bool = False
 
 
 def weights_alone(score: Callable[[Subject], list[Tensor]]) -> Observe:
@@ -166,11 +169,24 @@ def _fluctuation(subject: Subject) -> contextlib.AbstractContextManager[Importan
         subject.parameters,
         subject.sets,
         lambda weight, stats, head_dim: (
-            standardised(weight("magnitude_l2").double() * stats.variance) / head_dim
+            # An expert that fewer than two tokens go through has no variance: its columns are all alike.
+            standardised(weight("magnitude_l2").double() * stats.variance.nan_to_num(nan=0.0)) / head_dim
         ),
         subject.head_dims,
         subject.backend,
     )
+
+
+def _obs(subject: Subject) -> list[Tensor]:
+    errors = removal_errors(subject.parameters, subject.sets, subject.grams, ridge=subject.ridge)
+    return [values.float() for values in errors]
+
+
+@contextlib.contextmanager
+def _obs_fisher(subject: Subject) -> Iterator[Importance]:
+    """Backward passes through the activations alone: no weight gets a gradient."""
+    with gradients_to(lambda name, gradient: None, subject.parameters, ()):
+        yield lambda: _obs(subject)
 
 
 _LLM_PRUNER, _FLAP = "arXiv 2305.11627 section 3.2", "arXiv 2312.11983 section 3"
@@ -220,23 +236,28 @@ WANDA = Estimator(
     _wanda,
     "sum over output columns of |w| * norm of their input",
     "arXiv 2306.11695 section 3, structured as in arXiv 2312.11983",
+    of_columns=True,
 )
 FLUCTUATION = Estimator(
     "fluctuation",
     _fluctuation,
     "sum of w^2 * variance of the input of output columns, standardised per layer and kind",
     _FLAP,
+    of_columns=True,
 )
 OBS = Estimator(
     "obs",
-    weights_alone(
-        lambda subject: [
-            errors.float()
-            for errors in removal_errors(subject.parameters, subject.sets, subject.grams, ridge=subject.ridge)
-        ]
-    ),
+    weights_alone(_obs),
     "squared error that removing the unit leaves in the outputs after the best linear compensation",
     "optimal brain surgeon (Hassibi and Stork 1993) for whole columns",
+    grams=True,
+)
+OBS_FISHER = Estimator(
+    "obs_fisher",
+    _obs_fisher,
+    "rise of the loss by that error, from the second moments of gradients of the outputs",
+    "arXiv 2312.17244 section 3, for whole columns",
+    loss="batch",
     grams=True,
 )
 RANDOM = Estimator("random", weights_alone(_random), "uniform random numbers", "baseline of arXiv 2305.11627")
@@ -252,6 +273,7 @@ ESTIMATORS: tuple[Estimator, ...] = (
     WANDA,
     FLUCTUATION,
     OBS,
+    OBS_FISHER,
     RANDOM,
 )
 
@@ -270,14 +292,14 @@ def find_estimator(name: str) -> Estimator:
 
 @dataclass(frozen=True)
 class Crediting:
-    """How the members of the unit kinds are scored: in which sets, and how their scores add up.
+    """How the members of the unit kinds are scored: in which sets, and how their scores come together.
 
     Under grouped-query attention query head Q belongs to kv_group Q // heads_per_group, its owner. "modulo"
     credits q and o to group Q % kv_groups instead, as LLM-Pruner and the published Adapt-Pruner do, though
     they remove the owner's; it is for comparison with them.
 
     Attributes:
-        sets: members to be scored together.
+        sets: members to be scored together; where each expert has its own units, a set for each.
         head_dims: for each set, rows of one head.
         owners: for each set, the number of the unit kind of a layer that it belongs to.
     """
@@ -300,7 +322,7 @@ class Crediting:
         owners: list[int] = []
         for owner, (widths, members) in enumerate(kinds):
             counted = tuple(t for t in members if biases or not t.name.endswith(".bias"))
-            parts = [counted]
+            parts = list(by_expert(counted).values())
             if credit == "modulo" and len({t.group_size for t in counted}) > 1:
                 # Of grouped members, query heads alone: their scores are folded later.
                 head = widths.head_dim
@@ -314,11 +336,18 @@ class Crediting:
 
     def add_up(self, scores: Sequence[Tensor]) -> list[Tensor]:
         """One tensor [units] per unit kind and layer, from those of the sets."""
-        totals: list[Tensor] = []
-        for owner, values in zip(self.owners, scores, strict=True):
-            if owner == len(totals):
-                totals.append(values)
+        parts: dict[int, list[Tensor]] = {}
+        for owner, score in zip(self.owners, scores, strict=True):
+            parts.setdefault(owner, []).append(score)
+        of_experts = {
+            owner
+            for owner, members in zip(self.owners, self.sets, strict=True)
+            if members[0].expert is not None
+        }
+        totals = []
+        for owner, (first, *others) in parts.items():
+            if owner in of_experts:
+                totals.append(torch.cat([first, *others]))
             else:
-                units = len(totals[owner])
-                totals[owner] = totals[owner] + values.view(-1, units).sum(0)
+                totals.append(sum((part.view(-1, len(first)).sum(0) for part in others), start=first))
         return totals

@@ -76,7 +76,7 @@ def materialised_importance(
     """
     names = [t.name for members in sets for t in members]
     gradients: dict[str, Tensor] = {}
-    with _gradients_to(_adder(gradients, one_pass=one_pass), parameters, names):
+    with gradients_to(_adder(gradients, one_pass=one_pass), parameters, names):
 
         def importance() -> list[Tensor]:
             # From the last layer on, as the backward pass went: the NaN that came first is the one reported.
@@ -109,7 +109,7 @@ def fisher_importance(
         if mode == "mixed":
             add(name, gradient)
 
-    with _gradients_to(receive, parameters, names):
+    with gradients_to(receive, parameters, names):
 
         def importance() -> list[Tensor]:
             for total in (*gradients.values(), *fishers.values()):
@@ -165,7 +165,7 @@ def fused_importance(
     ]
     try:
         gradients: dict[str, Tensor] = {}
-        with _gradients_to(_adder(gradients, one_pass=True), parameters, [t.name for t in biases]):
+        with gradients_to(_adder(gradients, one_pass=True), parameters, [t.name for t in biases]):
 
             def importance() -> list[Tensor]:
                 if biases:
@@ -216,7 +216,7 @@ def _adder(sums: dict[str, Tensor], *, one_pass: bool) -> Callable[[str, Tensor]
 
 
 @contextlib.contextmanager
-def _gradients_to(
+def gradients_to(
     receive: Callable[[str, Tensor], None], parameters: dict[str, nn.Parameter], names: Collection[str]
 ) -> Iterator[None]:
     """Hands over the gradient of each named parameter in every backward pass, and keeps none.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from adapt_pruner.allocation import Floats
 from adapt_pruner.config import RIDGE
 from adapt_pruner.families import Family, LayerWidths
+from adapt_pruner.plan import Indices
 from adapt_pruner.scoring.estimators import TAYLOR_FIRST, Crediting, Estimator, GqaCredit, Subject
 from adapt_pruner.scoring.gradients import Gradients, Importance, fused_importance, uses_fused
-from adapt_pruner.scoring.gram import Grams, InputGrams
+from adapt_pruner.scoring.gram import Grams, InputGram, InputGrams, InputMeans, Means, kept_columns
 from adapt_pruner.scoring.layers import LayerImportance, Metric
 
 
@@ -27,13 +28,89 @@ class Scores:
         loss: mean causal-LM loss, nats per label token.
         layer_importance: [layers], not normalised.
         unit_importance: per layer and unit kind, [units] float64 copies of the fp32 scores.
-        grams: second moments of the inputs of every down_proj and o_proj, where they were asked for.
+        grams, means: second moments at every down_proj and o_proj, and means of their inputs, where they were
+            asked for.
     """
 
     loss: float
     layer_importance: Floats
     unit_importance: tuple[dict[str, Floats], ...]
     grams: Grams | None = None
+    means: Means | None = None
+
+    def kept(
+        self,
+        model: nn.Module,
+        family: Family,
+        widths: Sequence[LayerWidths],
+        keep: Sequence[Mapping[str, Indices]],
+    ) -> Scores:
+        """Of the units that stay.
+
+        Args:
+            model, widths: the scored one, before or after the others went; its widths before.
+            keep: per layer and unit kind, sorted int64 indices of the scored units.
+        """
+        importance = tuple(
+            {kind: values[layer_keep[kind]] for kind, values in layer.items()}
+            for layer, layer_keep in zip(self.unit_importance, keep, strict=True)
+        )
+        grams = {}
+        if self.grams:
+            names = [name for name, _ in model.named_parameters()]
+            for layer, (layer_widths, layer_keep) in enumerate(zip(widths, keep, strict=True)):
+                columns = kept_columns(family, layer, layer_widths, layer_keep, names)
+                grams.update({name: self.grams[name].kept(kept) for name, kept in columns.items()})
+        return replace(self, unit_importance=importance, grams=grams or None, means=None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything in it under a name each, for a file; of grams that were `kept` no bit is lost."""
+        tensors = {
+            "scores.loss": torch.tensor(self.loss, dtype=torch.float64),
+            "scores.layers": torch.from_numpy(self.layer_importance),
+        }
+        for layer, kinds in enumerate(self.unit_importance):
+            tensors |= {f"scores.{layer}.{kind}": torch.from_numpy(v) for kind, v in kinds.items()}
+        for name, gram in (self.grams or {}).items():
+            tensors[f"gram.{name}"] = gram.products.float()
+            if gram.gradients is not None:
+                tensors[f"gram_gradients.{name}"] = gram.gradients.float()
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device) -> Scores:
+        """Inverse of `tensors`; other names are passed over."""
+        layers = tensors["scores.layers"].numpy()
+        importance: tuple[dict[str, Floats], ...] = tuple({} for _ in layers)
+        grams: Grams = {}
+        for key in sorted(tensors):
+            prefix, _, name = key.partition(".")
+            layer, _, kind = name.partition(".")
+            if prefix == "scores" and kind:
+                importance[int(layer)][kind] = tensors[key].numpy()
+            elif prefix == "gram":
+                gradients = tensors.get(f"gram_gradients.{name}")
+                grams[name] = InputGram(
+                    name,
+                    tensors[key].double().to(device),
+                    None if gradients is None else gradients.double().to(device),
+                )
+        return cls(float(tensors["scores.loss"]), layers, importance, grams or None)
+
+    def averaged_with(self, earlier: Scores, share: float) -> Scores:
+        """`share` of these and the rest of earlier ones of the same units; loss and grams stay."""
+
+        def average(now: Floats, before: Floats) -> Floats:
+            return share * now + (1 - share) * before
+
+        return replace(
+            self,
+            layer_importance=average(self.layer_importance, earlier.layer_importance),
+            unit_importance=tuple(
+                {kind: average(values, before[kind]) for kind, values in layer.items()}
+                for layer, before in zip(self.unit_importance, earlier.unit_importance, strict=True)
+            ),
+        )
 
 
 def score(
@@ -49,7 +126,10 @@ def score(
     gqa_credit: GqaCredit = "owner",
     seed: tuple[int, ...] = (0,),
     grams: bool = False,
+    means: bool = False,
     ridge: float = RIDGE,
+    earlier: Scores | None = None,
+    share: float = 1.0,
     backend: str = "auto",
 ) -> Scores:
     """Importance of every unit and layer from one pass over the calibration batch.
@@ -67,25 +147,32 @@ def score(
         estimator: how units are scored.
         gqa_credit: which kv_group a query head counts for; see `Crediting`.
         seed: of random estimators.
-        grams: collect the second moments of inputs, for compensation.
-        ridge: of the estimator obs.
+        grams, means: collect the second moments, or the means, of inputs, for compensation.
+        ridge: of the estimators obs and obs_fisher.
+        earlier: scores of earlier batches, of the units there are now, to average with: second moments where
+            the estimator ranks by them, importance itself elsewhere.
+        share: what this batch counts in such an average.
     Raises:
         NonFiniteError: a weight, an activation or a gradient holds NaN or infinity.
         ValueError: the loss is not finite, or the gradients cannot be fused.
     Source: arXiv 2502.03460 section 3.2; algorithm.md sections 2 and 3.
     """
     parameters = dict(model.named_parameters())
-    kinds = [kind.name for kind in family.unit_kinds]
+    kinds = [family.kinds_in(layer_widths) for layer_widths in widths]
     crediting = Crediting.plan(
         [
             (layer_widths, family.unit_tensors(kind, layer, layer_widths, parameters))
             for layer, layer_widths in enumerate(widths)
-            for kind in family.unit_kinds
+            for kind in kinds[layer]
         ],
         credit=gqa_credit,
         biases=estimator.biases,
     )
-    collecting = InputGrams(model, family, widths, backend) if grams or estimator.grams else None
+    collecting = None
+    if grams or estimator.grams:
+        fisher = estimator.grams and estimator.loss is not None
+        collecting = InputGrams(model, family, widths, gradients=fisher)
+    averaging = InputMeans(model, family, widths, backend) if means else None
     scoring = _scoring(
         estimator,
         Subject(
@@ -96,7 +183,7 @@ def score(
             sequences=batch.shape[0],
             one_pass=batch.shape[0] <= micro_batch_size,
             seed=seed,
-            grams=collecting.grams if collecting else {},
+            grams=collecting.seen if collecting else {},
             ridge=ridge,
             backend=backend,
         ),
@@ -108,24 +195,28 @@ def score(
     assert isinstance(layers, nn.ModuleList)
     num_labels = batch.shape[0] * (batch.shape[1] - 1)
     loss = torch.zeros((), dtype=torch.float64)
+    # The loss is that of the labels alone: what balances the load of experts is not part of it.
+    plain = {"output_router_logits": False} if any(layer.num_experts for layer in widths) else {}
     with (
         _evaluating(model),
         scoring as unit_importance,
-        collecting or contextlib.nullcontext({}) as collected,
+        collecting or contextlib.nullcontext() as collected,
+        averaging or contextlib.nullcontext() as averages,
         LayerImportance(layers, metric, backend) as layer_importance,
         torch.set_grad_enabled(estimator.loss is not None),
     ):
         for sequences in batch.split(1 if estimator.loss == "sequence" else micro_batch_size):
             # Passing the label count makes the micro-batch losses add up to the mean over the whole batch.
             # Only the loss is kept of the output: its logits would outlive their use by a backward pass.
-            share = 1.0 if estimator.loss in (None, "batch") else sequences.shape[0] / batch.shape[0]
+            of_loss = 1.0 if estimator.loss in (None, "batch") else sequences.shape[0] / batch.shape[0]
             part = model(
                 input_ids=sequences,
                 labels=sequences,
-                num_items_in_batch=round(num_labels * share),
+                num_items_in_batch=round(num_labels * of_loss),
                 use_cache=False,
+                **plain,
             ).loss
-            loss += share * part.detach().double().cpu()
+            loss += of_loss * part.detach().double().cpu()
             if not torch.isfinite(loss):
                 layer_importance.result()  # names the layer, if it is one
                 raise ValueError(
@@ -134,14 +225,22 @@ def score(
             if estimator.loss is not None:
                 part.backward()
         layer_scores = layer_importance.result()
+        if earlier is not None:
+            for name, gram in (collected or {}).items():
+                gram.average_with((earlier.grams or {})[name], share)
         unit_scores = _to_host(crediting.add_up(unit_importance()))
-    per_layer = [unit_scores[i : i + len(kinds)] for i in range(0, len(unit_scores), len(kinds))]
-    return Scores(
+    remaining = iter(unit_scores)
+    scores = Scores(
         loss.item(),
         layer_scores,
-        tuple(dict(zip(kinds, scores, strict=True)) for scores in per_layer),
+        tuple({kind.name: next(remaining) for kind in layer_kinds} for layer_kinds in kinds),
         collected,
+        averages,
     )
+    if earlier is None:
+        return scores
+    averaged = scores.averaged_with(earlier, share)
+    return replace(averaged, unit_importance=scores.unit_importance) if estimator.grams else averaged
 
 
 def _scoring(
@@ -158,6 +257,8 @@ def _scoring(
 
 def _to_host(scores: Sequence[Tensor]) -> list[Floats]:
     """Float64 copies, by one transfer."""
+    if not scores:
+        return []
     ends = np.cumsum([len(values) for values in scores])
     together: Floats = torch.cat(list(scores)).double().cpu().numpy()
     return np.split(together, ends[:-1])

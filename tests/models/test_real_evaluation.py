@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from adapt_pruner.assets import BENCHMARKS, load_benchmark, resolve_model
-from adapt_pruner.data import PARTS, load_documents, part_of, sample_sequences, tokenize
+from adapt_pruner.data import PARTS, load_documents, part_of, prefix_token, sample_sequences, tokenize
 from adapt_pruner.evaluation import TASKS, evaluate_multiple_choice, evaluate_perplexity
 
 pytestmark = pytest.mark.real_model
@@ -43,6 +43,7 @@ def test_digits_are_tokenised_one_by_one(tokenizer: PreTrainedTokenizerBase) -> 
 def test_known_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer.encode("1234") == [33, 34, 35, 36]  # without special tokens
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert prefix_token(tokenizer, None) is None  # it adds no BOS to text
     text = "Été 1999: naïve café, 日本 \t\n  end"
     assert tokenizer.decode(tokenizer.encode(text)) == text
 

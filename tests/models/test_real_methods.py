@@ -11,9 +11,10 @@ from adapt_pruner import METHODS, PruneConfig, prune, summarize
 pytestmark = pytest.mark.real_model
 
 CHANNEL = 3 * 576  # parameters of one channel
+LAYER = 3_540_096  # of one decoder layer
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [m for m in METHODS if m.removes == "units"], ids=lambda m: m.name)
 def test_prunes_to_nine_tenths_and_loads(tmp_path, method):
     result = prune(
         PruneConfig(
@@ -29,7 +30,7 @@ def test_prunes_to_nine_tenths_and_loads(tmp_path, method):
     )
     asked = int(0.9 * 134_515_008)
     below = asked - result.metrics["parameters_after"]
-    assert 0 <= below < (10_000_000 if method.name == "reference" else CHANNEL)
+    assert 0 <= below < {"reference": 10_000_000, "shortgpt": LAYER}.get(method.name, CHANNEL)
     assert (result.metrics["iterations"] == 1) == method.one_shot
     summary = summarize(result.model_directory)
     assert summary.parameters == result.metrics["parameters_after"]

@@ -90,7 +90,11 @@ def test_families(command):
     assert status == 0
     lines = out.splitlines()
     assert [line.partition(":")[0] for line in lines] == list(shown)  # one line each
-    assert all(shown[line.partition(":")[0]]["model_types"][0] in line for line in lines)
+    for line in lines:
+        family = shown[line.partition(":")[0]]
+        assert family["model_types"][0] in line
+        assert "arXiv" in family["source"]
+        assert family["source"] in line
 
 
 def test_doctor(command):
@@ -224,7 +228,8 @@ def test_settings_come_from_a_file_and_the_command_line_wins(
     )
     assert status == 0, err
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    given = PruneConfig(**(settings | {"output": str(tmp_path / "run"), "seed": 6}))
+    # prefix_bos: by what the tokenizer does
+    given = PruneConfig(**(settings | {"output": str(tmp_path / "run"), "seed": 6, "prefix_bos": False}))
     assert saved == dataclasses.asdict(resolve(given, num_layers=4)[0])  # with what the method decides
     assert json.loads(out)["parameters_target"] == int(0.9 * json.loads(out)["parameters_before"])
     assert not (tmp_path / "from-file").exists()

@@ -15,16 +15,25 @@ from tiny import make_model
 from adapt_pruner import PruneConfig, apply_plan, prune
 from adapt_pruner.cli import main
 from adapt_pruner.compensation import compensated_weights, least_squares, replace_weights
+from adapt_pruner.config import RIDGE as DEFAULT_RIDGE
 from adapt_pruner.families import find_family, layer_widths
 from adapt_pruner.kernels import NonFiniteError
 from adapt_pruner.methods import resolve
 from adapt_pruner.run import RunDirectory
-from adapt_pruner.scoring.estimators import OBS
+from adapt_pruner.scoring.estimators import OBS, OBS_FISHER, TAYLOR_FIRST
 from adapt_pruner.scoring.gram import InputGram, InputGrams, column_weights
 from adapt_pruner.scoring.obs import obs_importance
-from adapt_pruner.scoring.taylor import score
+from adapt_pruner.scoring.taylor import Scores, score
+from adapt_pruner.surgery import prune_layer
 
 RIDGE = 0.01
+
+
+def everything(widths):
+    return tuple(
+        {"kv_group": np.arange(w.num_key_value_heads), "channel": np.arange(w.intermediate_size)}
+        for w in widths
+    )
 
 
 def gram_of(x, name="w"):
@@ -66,8 +75,7 @@ def test_grams_are_those_of_the_inputs(collected):
     for name, gram in grams.items():
         x = inputs[name]
         torch.testing.assert_close(gram.products, x.T @ x, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(gram.stats.mean, x.mean(0), rtol=1e-5, atol=1e-6)
-        assert gram.stats.count == len(x) == 12 * 16
+        assert gram.gradients is None
     assert not any(m._forward_pre_hooks for m in model.modules()), "hooks are gone"
 
 
@@ -126,7 +134,7 @@ def test_a_removed_column_that_others_span_costs_nothing_and_is_made_up_for():
     # The same as a unit of a model: its obs importance is about 0 where the others' is not.
     model = make_model("llama")
     family, widths = find_family("llama"), layer_widths(model.config.to_dict())
-    grams = InputGrams(model, family, widths).grams
+    grams = InputGrams(model, family, widths).seen
     for name, empty in grams.items():
         inputs = torch.randn(300, empty.products.shape[0], generator=generator)
         if "down_proj" in name:
@@ -140,9 +148,11 @@ def test_a_removed_column_that_others_span_costs_nothing_and_is_made_up_for():
             assert 0 <= layer[kind][unit] < 1e-3 * others.min()
 
 
-def test_obs_is_the_error_that_least_squares_leaves(collected):
+@pytest.mark.parametrize("granularity", ["kv_group", "query_head"])
+def test_obs_is_the_error_that_least_squares_leaves(collected, granularity):
     """Each unit removed for real, the rest solved for: ||.||^2 in the metric of K = X^T X + R^2."""
     model, family, widths, grams, inputs, _ = collected
+    family = family.with_granularity(granularity)
     scores = obs_importance(model, family, widths, grams, ridge=RIDGE)
     weights = {n: p.detach().double() for n, p in model.named_parameters()}
     for layer, layer_widths_ in enumerate(widths):
@@ -170,7 +180,7 @@ def test_compensation_is_closer_on_text_it_has_not_seen(collected):
     for context, sequences in zip(grams, (64, 16), strict=True):
         with torch.no_grad(), context:
             model(input_ids=torch.randint(4, 260, (sequences, 16), generator=generator))
-    seen, held_out = (context.grams for context in grams)
+    seen, held_out = (context.seen for context in grams)
     keep = {"channel": np.arange(0, 88, 2), "kv_group": np.array([0, 2, 3])}
     columns = {"mlp": keep["channel"], "self_attn": np.arange(80).reshape(4, 20)[keep["kv_group"]].ravel()}
     for layer, layer_widths_ in enumerate(widths):
@@ -206,6 +216,48 @@ def test_singular_and_non_finite_moments_are_named():
         gram_of(torch.full((2, 9), 1e30), "layer.w").regularised(RIDGE)
 
 
+def test_scores_and_moments_are_averages_over_the_rounds(collected):
+    """With the weights 1 of this round and 0.5 of the one before, on the units that are left."""
+    _, family, widths, _, _, batch = collected
+    generator = np.random.default_rng(0)
+    keep = tuple(
+        {"kv_group": np.arange(2), "channel": np.sort(generator.permutation(88)[:60])} for _ in widths
+    )
+    for estimator in (TAYLOR_FIRST, OBS_FISHER):
+        model = make_model("llama")
+        what = {"micro_batch_size": 4, "estimator": estimator, "grams": True}
+        first = score(model, family, widths, batch[:6], **what).kept(model, family, widths, keep)
+        engine_widths = tuple(
+            prune_layer(model, family, i, w, k) for i, (w, k) in enumerate(zip(widths, keep, strict=True))
+        )
+        alone = score(model, family, engine_widths, batch[6:], **what)
+        both = score(model, family, engine_widths, batch[6:], earlier=first, share=2 / 3, **what)
+        assert both.loss == alone.loss
+        np.testing.assert_allclose(
+            both.layer_importance, 2 / 3 * alone.layer_importance + 1 / 3 * first.layer_importance, rtol=1e-12
+        )
+        for name, gram in both.grams.items():
+            expected = 2 / 3 * alone.grams[name].products + 1 / 3 * first.grams[name].products
+            torch.testing.assert_close(gram.products, expected, rtol=1e-12, atol=0)
+        if estimator is OBS_FISHER:  # ranked by the averaged moments
+            again = obs_importance(model, family, engine_widths, both.grams, ridge=DEFAULT_RIDGE)
+            for ours, theirs in zip(both.unit_importance, again, strict=True):
+                np.testing.assert_allclose(ours["channel"], theirs["channel"], rtol=1e-6)
+        else:
+            for now, before, average in zip(
+                alone.unit_importance, first.unit_importance, both.unit_importance, strict=True
+            ):
+                for kind in now:
+                    expected = 2 / 3 * now[kind] + 1 / 3 * before[kind]
+                    np.testing.assert_allclose(average[kind], expected, rtol=1e-12)
+        stored = Scores.from_tensors(
+            both.kept(model, family, engine_widths, everything(engine_widths)).tensors(), torch.device("cpu")
+        )
+        np.testing.assert_array_equal(stored.layer_importance, both.layer_importance)
+        for name, gram in stored.grams.items():
+            assert torch.equal(gram.products, both.grams[name].products.float().double())
+
+
 def test_values_that_do_not_fit_the_model_are_refused():
     model = make_model("llama")
     name = "model.layers.0.mlp.down_proj.weight"
@@ -215,14 +267,20 @@ def test_values_that_do_not_fit_the_model_are_refused():
         replace_weights(model, {name: torch.zeros(48, 88, dtype=torch.bfloat16)})
 
 
-@pytest.mark.parametrize("estimator", ["taylor_first", "obs"])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"compensation": "least_squares"},
+        {"compensation": "least_squares", "estimator": "obs"},
+        {"carry_over": 0.5},
+        {"method": "adapt-pruner+", "iterations": 8},
+    ],
+    ids=lambda choice: "-".join(map(str, choice.values())),
+)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_runs_repeat_and_resume_to_the_same_bytes(settings, tmp_path, monkeypatch, estimator, dtype):  # noqa: F811
+def test_runs_repeat_and_resume_to_the_same_bytes(settings, tmp_path, monkeypatch, choice, dtype):  # noqa: F811
     def config(name, **more):
-        return settings(
-            "llama", target=0.6, output=str(tmp_path / name), compensation="least_squares",
-            estimator=estimator, dtype=dtype, **more,
-        )  # fmt: skip
+        return settings("llama", target=0.6, output=str(tmp_path / name), dtype=dtype, **choice, **more)
 
     whole = prune(config("whole"))
     assert whole.metrics["iterations"] >= 3
@@ -289,8 +347,8 @@ def test_settings_are_checked(tmp_path):
     config = PruneConfig("m", 0.5, str(tmp_path), **SETTINGS)
     with pytest.raises(ValueError, match="ridge is 0, expected finite, above 0"):
         dataclasses.replace(config, ridge=0)
-    with pytest.raises(ValueError, match="compensation is 'bias'"):
-        dataclasses.replace(config, compensation="bias")
+    with pytest.raises(ValueError, match="compensation is 'both'"):
+        dataclasses.replace(config, compensation="both")
     fused = dataclasses.replace(config, estimator="obs", gradients="fused", micro_batch_size=8)
     with pytest.raises(ValueError, match="gradients is 'fused': the estimator obs cannot be scored so"):
         resolve(fused, 2)

@@ -108,21 +108,42 @@ def fluctuation(model):
     ]
 
 
-def obs(model):
+def obs(model, attention=HEADS // KV * HEAD_DIM, metric=lambda w: torch.eye(w.shape[0], dtype=w.dtype)):
+    """Per layer, of each unit of attention, which owns so many columns of o, and of each channel."""
+
     def errors(w, x, size):
-        """trace(W_G ((C^-1)_GG)^-1 W_G^T) of each group of columns, C with the ridge on its diagonal."""
+        """trace(M W_G ((C^-1)_GG)^-1 W_G^T) of each group of columns, C with the ridge on its diagonal."""
         moments = x.T @ x
         inverse = torch.linalg.inv(moments + RIDGE * moments.diagonal().diag())
         groups = torch.arange(w.shape[1]).split(size)
         return torch.stack(
-            [w[:, g].T.mul(torch.linalg.solve(inverse[g][:, g], w[:, g].T)).sum() for g in groups]
+            [
+                (metric(w) @ w[:, g]).T.mul(torch.linalg.solve(inverse[g][:, g], w[:, g].T)).sum()
+                for g in groups
+            ]
         )
 
-    by_size = [output_columns(model, lambda w, x, n=n: errors(w, x, n)) for n in (HEADS // KV * HEAD_DIM, 1)]
+    by_size = [output_columns(model, lambda w, x, n=n: errors(w, x, n)) for n in (attention, 1)]
     return [
         {"kv_group": o.detach().numpy(), "channel": down.detach().numpy()}
         for (o, _), (_, down) in zip(*by_size, strict=True)
     ]
+
+
+def obs_fisher(model):
+    """obs in the metric of half the sum over tokens of g g^T, g the gradient of the mean loss by outputs."""
+    outputs = {}
+    for layer in model.model.layers:
+        for linear in (layer.get_submodule(name) for name in COLUMNS):
+            linear.register_forward_hook(lambda module, args, output: outputs.update({module.weight: output}))
+    logits = model(input_ids=BATCH, use_cache=False).logits[:, :-1]
+    loss = functional.cross_entropy(logits.reshape(-1, VOCABULARY), BATCH[:, 1:].reshape(-1))
+    by_outputs = torch.autograd.grad(loss, list(outputs.values()))
+    metrics = {}
+    for weight, g in zip(list(outputs), by_outputs, strict=True):
+        products = g.reshape(-1, g.shape[-1]).T @ g.reshape(-1, g.shape[-1])
+        metrics[weight] = (products + 0.1 * products.diagonal().mean() * torch.eye(len(products))) / 2
+    return obs(model, metric=lambda w: metrics[w])
 
 
 def expected(name, model):
@@ -133,6 +154,8 @@ def expected(name, model):
         return fluctuation(model)
     if name == "obs":
         return obs(model)
+    if name == "obs_fisher":
+        return obs_fisher(model)
     if name.startswith("magnitude"):
         return by_unit(model, torch.abs if name == "magnitude_l1" else torch.square)
     g = gradients(model)
@@ -158,6 +181,19 @@ def test_importance_equals_fp64(family, name):
     for a, b in zip(ours, theirs, strict=True):
         for kind in ("kv_group", "channel"):
             np.testing.assert_allclose(a[kind], b[kind], rtol=2e-5, atol=2e-5 * np.abs(b[kind]).max())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_obs_of_query_heads_equals_fp64(family):
+    model = make_model(family)
+    by_heads = find_family(family).with_granularity("query_head")
+    widths = layer_widths(model.config.to_dict())
+    ours = score(model, by_heads, widths, BATCH, micro_batch_size=4, estimator=find_estimator("obs"))
+    theirs = obs(make_model(family).double(), attention=HEAD_DIM)
+    for a, b in zip(ours.unit_importance, theirs, strict=True):
+        assert a["query_head"].shape == (HEADS,)
+        np.testing.assert_allclose(a["query_head"], b["kv_group"], rtol=2e-5)
+        np.testing.assert_allclose(a["channel"], b["channel"], rtol=2e-5, atol=2e-5 * b["channel"].max())
 
 
 @pytest.mark.parametrize("how", ["fused", "materialised"])

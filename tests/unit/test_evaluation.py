@@ -232,9 +232,10 @@ def test_whole_text_file_is_one_stream(
     expected = perplexity(model, ids, context=16, num_bytes=len(text.encode()))
     assert evaluate_perplexity(model, tokenizer, str(path), context=16) == expected
     with_bos = make_tokenizer(add_bos=True)  # which the stream must not contain
-    assert evaluate_perplexity(model, with_bos, str(path), context=16) == expected
+    assert evaluate_perplexity(model, with_bos, str(path), context=16, prefix_bos=False) == expected
     prefixed = perplexity(model, ids, context=16, num_bytes=len(text.encode()), prefix_token_id=0)
     assert evaluate_perplexity(model, tokenizer, str(path), context=16, prefix_bos=True) == prefixed
+    assert evaluate_perplexity(model, with_bos, str(path), context=16) == prefixed
     first = evaluate_perplexity(model, tokenizer, str(path), context=16, max_tokens=20)
     assert first == perplexity(
         model, ids[:20], context=16, num_bytes=len(tokenizer.decode(ids[:20]).encode())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, VOCABULARY, make_model
+from tiny import FAMILIES, SPARSE_FAMILIES, VOCABULARY, make_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
@@ -40,7 +40,7 @@ def make_plan(directory) -> PruningPlan:
     )
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, "pruned"])
+@pytest.fixture(scope="module", params=[*FAMILIES, *SPARSE_FAMILIES, "pruned"])
 def directory(request, tiny_models, tmp_path_factory):
     if request.param != "pruned":
         return tiny_models[request.param]
@@ -72,6 +72,8 @@ def test_flops_are_those_of_decoding_one_token(directory, context):
     # positions times rotary frequencies, is taken off where transformers forms it as a matrix product.
     model = load_model(directory)
     model.set_attn_implementation("eager")
+    if any(layer.widths.num_experts for layer in summarize(directory).layers):
+        model.set_experts_implementation("eager")  # plain matrix products of the chosen experts
     ids = torch.arange(context)[None] % VOCABULARY
     cache = DynamicCache(config=model.config)
     with torch.no_grad():

@@ -120,6 +120,35 @@ def test_everything_in_the_plan_changes_the_hash(change):
     assert make_plan(**change).hash != make_plan().hash
 
 
+# Whole layers
+
+
+def test_removed_layers_are_in_the_file_and_the_hash_where_there_are_any():
+    plan = make_plan(removed_layers=(1,))
+    payload = json.loads(plan.to_json())
+    assert payload["removed_layers"] == [1]
+    assert "removed_layers" not in json.loads(make_plan().to_json())
+    back = PruningPlan.from_json(plan.to_json())
+    assert (back.removed_layers, back.kept_layers, back.hash) == ((1,), [0], plan.hash)
+    assert plan.hash != make_plan().hash
+    everything = tuple(
+        {kind: np.arange(count) for kind, count in layer.items()} for layer in plan.initial_units
+    )
+    assert not make_plan(keep_indices=everything, removed_layers=(0,)).removes_nothing()
+    assert plan.widths(find_family("llama"), BASE) == (LayerWidths(4, 2, 7, 10),)
+
+
+@pytest.mark.parametrize("layers", [(2,), (-1,), (0, 1), (0, 0), (1.5,)])
+def test_removed_layers_that_make_no_sense_are_refused(layers):
+    with pytest.raises(
+        ValueError, match=r"removed_layers are .* sorted and unique ones of 0\.\.1, and not all"
+    ):
+        make_plan(removed_layers=layers)
+    payload = json.loads(make_plan().to_json()) | {"removed_layers": 5}
+    with pytest.raises(ValueError, match="not a pruning plan"):
+        PruningPlan.from_json(signed(payload))
+
+
 # Damaged files
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import FAMILIES
+from tiny import FAMILIES, SPARSE_FAMILIES
 from transformers import AutoModelForCausalLM
 
 from adapt_pruner import (
@@ -61,7 +61,7 @@ def bytes_of(run):
 @pytest.mark.parametrize(
     ("family", "target"),
     [
-        *((family, 0.7) for family in FAMILIES),
+        *((family, 0.7) for family in (*FAMILIES, *SPARSE_FAMILIES)),
         ("llama", 0.9),
         ("mistral", 0.8),
         ("qwen2", 0.5),
@@ -82,7 +82,7 @@ def test_lands_on_the_target(settings, tiny_models, family, target):
     assert all(a.parameters > b.parameters for a, b in pairwise(seen))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *SPARSE_FAMILIES])
 @pytest.mark.parametrize("granularity", ["kv_group", "query_head"])
 def test_keeping_everything_changes_no_bit(settings, tiny_models, family, granularity, tmp_path):
     full = prune(settings(family, target=1.0, granularity=granularity))
