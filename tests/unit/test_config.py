@@ -16,6 +16,7 @@ from adapt_pruner.config import (
     PruneConfig,
     parse_target,
 )
+from adapt_pruner.methods import resolve
 
 
 def prune_config(**changes) -> PruneConfig:
@@ -140,5 +141,5 @@ def test_settings_cannot_be_changed_afterwards(config):
 
 def test_defaults_of_prune_are_those_of_the_paper():
     config = prune_config()
-    assert (config.iterations, config.amplitude, config.layer_metric) == (50, 0.02, "cosine")
+    assert (resolve(config, 4)[0].iterations, config.amplitude, config.layer_metric) == (50, 0.02, "cosine")
     assert (config.num_sequences, config.sequence_length, config.micro_batch_size) == (512, 64, 16)
