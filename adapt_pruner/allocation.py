@@ -184,7 +184,8 @@ def allocate_by_rank(
         removable = budget.amount(limit, budget.initial) - budget.amount(limit, budget.least)
         # What the limits before this one have yet to take counts for it too.
         reserved = needed(budget, counts, limits[:n], limit)
-        goal = replace(limit, target=max(limit.target + reserved, limit.amount + -removable // iterations))
+        share = -(-removable // iterations)
+        goal = replace(limit, target=max(limit.target + reserved, limit.amount - share))
         goals.append(goal)
         places = [(i, kind) for i, layer in enumerate(counts) for kind in layer if limit.cost[i][kind] > 0]
         prices, costs, owners = [np.empty(0)], [np.empty(0, int)], [np.empty(0, int)]

@@ -165,9 +165,8 @@ def pace_of_kinds(budget: UnitBudget, target: int) -> dict[str, float]:
     no limit needs any more waits.
     """
     limits = budget.binding(target)
-    everything = {kind for limit in limits for kind in budget.kinds(limit)}
     kinds = {kind for layer in budget.initial for kind in layer if budget.rate(kind) > 0}
-    if all(budget.kinds(limit) == everything for limit in limits) and everything == kinds:
+    if all(budget.kinds(limit) == kinds for limit in limits):
         return {}
     start, now = (_shares(budget, counts, limits) for counts in (budget.initial, budget.current))
     pace = {kind: start[kind] / budget.rate(kind) for kind in kinds}

@@ -123,13 +123,14 @@ def attended_tokens(config: Mapping[str, Any], num_layers: int, context: int) ->
 
 def limits_of_run(run: str | Path) -> dict[str, dict[str, float]]:
     """What a run directory reports of each limited resource: before, target and after; else nothing."""
-    metrics = Path(run) / "metrics.json"
-    if not metrics.exists():
+    path = Path(run) / "metrics.json"
+    if not path.exists():
         return {}
-    resources: dict[str, dict[str, float]] = json.loads(metrics.read_text(encoding="utf-8")).get(
-        "resources", {}
-    )
-    return resources
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    limits: dict[str, dict[str, float]] = {}
+    if metrics["parameters_target"] is not None:
+        limits["parameters"] = {key: metrics[f"parameters_{key}"] for key in ("before", "target", "after")}
+    return limits | metrics.get("resources", {})
 
 
 def inspect_model(config: InspectConfig) -> tuple[ModelSummary, ModelSummary | None]:

@@ -109,7 +109,8 @@ class Latency:
         Costs are at least such that the units which may go can meet it: whether they do is measured.
         """
         reach = used(budget.current, self._cost) - used(budget.least, self._cost)
-        scale = max(self._scale, (self.amount - self.target) / reach) if reach else self._scale
+        least = (self.amount - self.target) / reach if reach else 0.0
+        scale = max(self._scale, least * (1 + 1e-9))  # rounding must not put the target out of reach
         cost = tuple({kind: math.ceil(c * scale) for kind, c in layer.items()} for layer in self._cost)
         limit = Limit("latency", cost, self.amount, self.target)
         return replace(budget, limits=(*budget.limits, limit))

@@ -229,7 +229,7 @@ def _restricted(config: PruneConfig, budget: UnitBudget, resources: tuple[Resour
         kind: getattr(config, _rate_of(kind))
         for kind in sorted({k for layer in budget.initial for k in layer})
     }
-    limits = tuple(resource.limit(budget) for resource in resources)
+    limits = tuple(r.limit(budget) for r in resources)
     return dataclasses.replace(
         budget, protected=protected, rates=rates, round_to=config.round_to, limits=limits
     )
@@ -368,9 +368,18 @@ def _prune(
             else:
                 assert now is not None
                 record, keep, sparsity, earlier = _iterate(
-                    config, estimator, engine, tokens, now, sparsity, target, resources, latency, iteration,
-                    earlier,
-                )  # fmt: skip
+                    config,
+                    estimator,
+                    engine,
+                    tokens,
+                    now,
+                    sparsity,
+                    target,
+                    iteration,
+                    resources=resources,
+                    latency=latency,
+                    earlier=earlier,
+                )
                 plan = dataclasses.replace(
                     plan,
                     keep_indices=tuple(
@@ -421,9 +430,10 @@ def _iterate(
     budget: UnitBudget,
     sparsity: Floats,
     target: int,
-    resources: tuple[Resource, ...],
-    latency: Latency | None,
     iteration: int,
+    *,
+    resources: tuple[Resource, ...] = (),
+    latency: Latency | None = None,
     earlier: Scores | None = None,
 ) -> tuple[dict[str, Any], tuple[dict[str, Indices], ...], Floats, Scores | None]:
     """One round of score, allocate and surgery.

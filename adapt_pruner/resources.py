@@ -47,6 +47,8 @@ def find_resources(
             the KV cache where no unit holds a part of it.
     """
     targets = config.targets()
+    if not {"target_flops", "target_kv_cache"} & targets.keys():
+        return ()
     summary = summarize(checkpoint.directory, context=config.target_context)
     widths = layer_widths(checkpoint.config)
     tokens = attended_tokens(checkpoint.config, len(widths), config.target_context)
@@ -83,13 +85,10 @@ def require_reachable(resource: Resource, budget: UnitBudget) -> None:
     """Raises a ValueError unless the units that may go can meet the target."""
     limit = resource.limit(budget)
     if not budget.kinds(limit) and resource.target < resource.before:
+        advice = "; it shrinks with whole KV groups: expected granularity kv_group and attention_rate above 0"
         raise ValueError(
             f"{resource.setting} cannot be met: no unit that may go uses {resource.name}"
-            + (
-                "; the KV cache needs granularity kv_group and attention_rate above 0"
-                if resource.name == "kv_cache_bytes"
-                else ""
-            )
+            f"{advice if resource.name == 'kv_cache_bytes' else ''}"
         )
     floor = budget.amount(limit, budget.least)
     if not floor <= resource.target <= resource.before:

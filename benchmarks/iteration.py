@@ -96,8 +96,9 @@ class Workload:
         from adapt_pruner.pruner import _iterate
 
         sparsity = np.zeros(len(self.initial))
-        floor = self.engine.budget(self.initial).floor  # far away, as in the middle of a run
-        _iterate(self.config, self.estimator, self.engine, self.tokens, self.initial, sparsity, floor, 1)
+        budget = self.engine.budget(self.initial)
+        floor = budget.floor  # far away, as in the middle of a run
+        _iterate(self.config, self.estimator, self.engine, self.tokens, budget, sparsity, floor, 1)
 
 
 def measure_time(options: argparse.Namespace) -> dict[str, Any]:

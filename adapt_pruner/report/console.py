@@ -30,14 +30,14 @@ class PruningBar:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("loss {task.fields[loss]} | {task.fields[left]}"),
+            TextColumn("loss {task.fields[loss]} | {task.fields[size]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
             speed_estimate_period=float("inf"),  # iterations may take minutes
         )
-        self._task = self._progress.add_task("", total=None, loss="-", left="-")
+        self._task = self._progress.add_task("", total=None, loss="-", size="-")
 
     def __enter__(self) -> PruningBar:
         return self
@@ -76,7 +76,7 @@ class PruningBar:
             total=1.0,
             completed=min(_progress(u) for u in used.values()),
             loss=f"{report.loss:.3f}",
-            left=f"{report.parameters:,} parameters",
+            size=f"{report.parameters:,} parameters",
         )
 
 

@@ -13,6 +13,7 @@ from adapt_pruner.config import (
     BenchConfig,
     EvaluateConfig,
     InspectConfig,
+    MissingSetting,
     PruneConfig,
     parse_target,
 )
@@ -49,6 +50,53 @@ def test_targets(target, value):
     assert parsed == value
     # A float is a fraction, an int is a count: 1 is the whole model, not one parameter.
     assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "amount"),
+    [
+        ("target_flops", "1.2G", 1_200_000_000),
+        ("target_flops", "0.5t", 500_000_000_000),
+        ("target_flops", 0.7, 0.7),
+        ("target_kv_cache", "64MB", 64_000_000),
+        ("target_kv_cache", "64 MiB", 64 * 2**20),
+        ("target_kv_cache", 4096, 4096),
+        ("target_latency", "50ms", 50 * 10**9),  # picoseconds
+        ("target_latency", "0.05s", 50 * 10**9),
+        ("target_latency", "750us", 750 * 10**6),
+        ("target_latency", "0.8", 0.8),
+    ],
+)
+def test_other_targets_have_units_of_their_own(name, value, amount):
+    config = PruneConfig("m", output="o", **{name: value})
+    assert config.targets() == {name: amount}
+    assert type(config.targets()[name]) is type(amount)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "example"),
+    [
+        ("target_flops", "1.2GB", "a count of FLOPs such as 500M or 1.2G"),
+        ("target_kv_cache", "64M", "a size such as 64MB or 64MiB"),
+        ("target_latency", "50", "a time such as 50ms or 0.05s"),
+        ("target_latency", "50 minutes", "a time such as 50ms or 0.05s"),
+        ("target_latency", "-5ms", "a time such as 50ms or 0.05s"),
+    ],
+)
+def test_an_amount_of_something_else_is_refused(name, value, example):
+    with pytest.raises(
+        ValueError, match=re.escape(f"{name} is {value!r}, expected a fraction in (0, 1] or {example}")
+    ):
+        PruneConfig("m", output="o", **{name: value})
+
+
+def test_one_target_and_the_output_are_needed():
+    with pytest.raises(
+        MissingSetting, match="target is missing: expected at least one of target, target_flops"
+    ):
+        PruneConfig("m", output="o")
+    with pytest.raises(MissingSetting, match="output is missing"):
+        PruneConfig("m", 0.8)
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,14 @@ def test_an_interrupted_run_with_several_targets_ends_with_the_same_bytes(settin
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_kv_cache": 0.5, "granularity": "query_head"}, "the KV cache needs granularity kv_group"),
-        ({"target_kv_cache": 0.5, "attention_rate": 0.0}, "the KV cache needs .* attention_rate above 0"),
+        (
+            {"target_kv_cache": 0.5, "granularity": "query_head"},
+            "no unit that may go uses kv_cache_bytes; .* granularity kv_group",
+        ),
+        (
+            {"target_kv_cache": 0.5, "attention_rate": 0.0},
+            "no unit that may go uses kv_cache_bytes; .* attention_rate above 0",
+        ),
         (
             {"target_kv_cache": 0.1},
             "target_kv_cache is 12,800 kv_cache_bytes, below what stays: .* 32,000 to",
