@@ -205,7 +205,7 @@ def test_inspect_shows_the_layers_that_are_gone(settings):  # noqa: F811
     assert before is not None
     assert (len(before.layers), after.removed_layers) == (4, result.plan.removed_layers)
     console = Console(record=True, width=120)
-    show_inspected(console, after, before)
+    show_inspected(console, after, before, {})
     rows = [line for line in console.export_text().splitlines() if line.startswith("│")]
     assert ["removed" in row for row in rows[:4]] == [i in after.removed_layers for i in range(4)]
     assert "88 → 88" in rows[result.plan.kept_layers[0]]
