@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adapt_pruner.calibration import calibration_tokens, draw, with_prefix
 from adapt_pruner.checkpoint import (
     Checkpoint,
     atomic_directory,
@@ -19,19 +20,11 @@ from adapt_pruner.checkpoint import (
     write_json,
 )
 from adapt_pruner.config import PruneConfig, parse_target
-from adapt_pruner.engines.in_memory import DTYPES, load_model, resolve_device
+from adapt_pruner.engines.device import deterministic, peak_memory, resolve_device
+from adapt_pruner.engines.in_memory import DTYPES, load_model
 from adapt_pruner.families import find_family
 from adapt_pruner.methods import Method, resolve_dimensions
-from adapt_pruner.pruner import (
-    IterationReport,
-    OnIteration,
-    PruneResult,
-    _calibration_tokens,
-    _deterministic,
-    _draw,
-    _peak_memory,
-    _with_prefix,
-)
+from adapt_pruner.pruner import IterationReport, OnIteration, PruneResult
 from adapt_pruner.run import RunDirectory
 from adapt_pruner.slicegpt import SliceBudget, SlicedModel, require_sliceable, slice_model
 
@@ -50,7 +43,7 @@ def prune_dimensions(
         ValueError: also for an architecture that cannot be sliced, and for settings about units.
     """
     require_sliceable(str(checkpoint.config.get("model_type")))
-    config = _with_prefix(resolve_dimensions(config, method), checkpoint)
+    config = with_prefix(resolve_dimensions(config, method), checkpoint)
     budget = SliceBudget.of(checkpoint.tensors, checkpoint.config["num_hidden_layers"])
     embeddings = _embeddings(checkpoint)
     target, widths = _land(config, checkpoint.num_parameters, budget, embeddings)
@@ -69,14 +62,14 @@ def prune_dimensions(
             f"{budget.hidden_size} dimensions of the hidden states, whose last directions are arbitrary then",
             stacklevel=3,
         )
-    tokens = _calibration_tokens(config, checkpoint)
+    tokens = calibration_tokens(config, checkpoint)
     model = load_model(checkpoint, device=config.device, dtype=config.dtype)
     run = RunDirectory.open(run.path, config, resume=config.resume)
     try:
         run.log("started", iteration=0, parameters=checkpoint.num_parameters)
         started = time.perf_counter()
-        batch: torch.Tensor = _draw(config, tokens, 1).to(model.device)
-        with _deterministic(model.device):
+        batch: torch.Tensor = draw(config, tokens, 1).to(model.device)
+        with deterministic(model.device):
             sliced = slice_model(model, widths, batch, micro_batch_size=config.micro_batch_size)
         seconds = time.perf_counter() - started
         parameters = sum(p.numel() for p in sliced.model.parameters())
@@ -105,7 +98,7 @@ def prune_dimensions(
             "iterations": 1,
             "calibration_loss": [sliced.loss],
             "seconds": round(seconds, 3),
-            "peak_memory_bytes": _peak_memory(model.device),
+            "peak_memory_bytes": peak_memory(model.device),
         }
         write_json(run.metrics, metrics)
         if not run.model.exists():

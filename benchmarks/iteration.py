@@ -37,11 +37,11 @@ class Workload:
     def __init__(self, options: argparse.Namespace) -> None:
         from adapt_pruner import PruneConfig
         from adapt_pruner.assets import resolve_model
+        from adapt_pruner.calibration import calibration_tokens, draw
         from adapt_pruner.checkpoint import open_checkpoint
         from adapt_pruner.engines.in_memory import InMemoryEngine
         from adapt_pruner.families import layer_widths, unit_counts
         from adapt_pruner.methods import resolve
-        from adapt_pruner.pruner import _calibration_tokens, _draw
 
         config = PruneConfig(
             options.model,
@@ -54,8 +54,8 @@ class Workload:
         )
         checkpoint = open_checkpoint(resolve_model(options.model))
         self.config, self.estimator = resolve(config, len(layer_widths(checkpoint.config)))
-        self.tokens = _calibration_tokens(self.config, checkpoint)
-        self.batch = _draw(self.config, self.tokens, 1)
+        self.tokens = calibration_tokens(self.config, checkpoint)
+        self.batch = draw(self.config, self.tokens, 1)
         self.baseline = peak_memory(reset=True)
         self.engine = InMemoryEngine(checkpoint, device="cpu")
         self.initial = unit_counts(self.engine.family, self.engine.widths)
@@ -93,12 +93,12 @@ class Workload:
 
     def iteration(self) -> None:
         """One whole iteration: draw, score, allocate, surgery."""
-        from adapt_pruner.pruner import _iterate
+        from adapt_pruner.iteration import iterate
 
         sparsity = np.zeros(len(self.initial))
         budget = self.engine.budget(self.initial)
         floor = budget.floor  # far away, as in the middle of a run
-        _iterate(self.config, self.estimator, self.engine, self.tokens, budget, sparsity, floor, 1)
+        iterate(self.config, self.estimator, self.engine, self.tokens, budget, sparsity, floor, 1)
 
 
 def measure_time(options: argparse.Namespace) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from adapt_pruner.compensation import (
     replace_weights,
 )
 from adapt_pruner.config import RIDGE
+from adapt_pruner.engines.device import resolve_device
 from adapt_pruner.families import (
     Granularity,
     MlpGranularity,
@@ -44,25 +45,6 @@ if TYPE_CHECKING:
 
 _NO_UNITS = Estimator("none", weights_alone(lambda subject: []), "no unit is scored", "-")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def resolve_device(device: str) -> torch.device:
-    """ "auto" is the first CUDA device, else the CPU.
-
-    Raises:
-        ValueError: the named device does not exist here.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}, expected auto, cpu, cuda or cuda:N") from error
-    try:
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device is {device!r}, which is not usable here: {error}") from error
-    return resolved
 
 
 def load_model(

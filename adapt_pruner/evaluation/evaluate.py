@@ -10,7 +10,8 @@ from typing import Any
 from adapt_pruner.assets import resolve_model
 from adapt_pruner.checkpoint import open_checkpoint, write_json
 from adapt_pruner.config import EvaluateConfig
-from adapt_pruner.engines.in_memory import load_model, resolve_device
+from adapt_pruner.engines.device import resolve_device
+from adapt_pruner.engines.in_memory import load_model
 from adapt_pruner.evaluation.multiple_choice import MultipleChoiceResult, evaluate_multiple_choice
 from adapt_pruner.evaluation.perplexity import PerplexityResult, evaluate_perplexity
 from adapt_pruner.evaluation.tasks import COMMONSENSE_TASKS, TASKS

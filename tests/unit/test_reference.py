@@ -52,8 +52,8 @@ def traced(request, tmp_path, monkeypatch):
     trace = json.loads((PUBLISHED / request.param / "trace.json").read_text())
     build(request.param, tmp_path / "model")
     batches = [torch.tensor(iteration["tokens"]) for iteration in trace["iterations"]]
-    monkeypatch.setattr(pruner, "_calibration_tokens", lambda config, checkpoint: None)
-    monkeypatch.setattr(pruner, "_draw", lambda config, tokens, iteration: batches[iteration - 1])
+    monkeypatch.setattr(pruner, "calibration_tokens", lambda config, checkpoint: None)
+    monkeypatch.setattr("adapt_pruner.iteration.draw", lambda config, tokens, number: batches[number - 1])
     scores, kept, engine = [], [], InMemoryEngine
     score, remove = engine.score, engine.remove_units
     monkeypatch.setattr(engine, "score", lambda *a, **k: scores.append(score(*a, **k)) or scores[-1])

@@ -1,0 +1,51 @@
+"""The device that an engine runs on: which one, how much memory it took, and the same bits every time."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is the first CUDA device, else the CPU.
+
+    Raises:
+        ValueError: the named device does not exist here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, expected auto, cpu, cuda or cuda:N") from error
+    try:
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {device!r}, which is not usable here: {error}") from error
+    return resolved
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest resident memory of this process, or largest allocation on the CUDA device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """The same bits from run to run; on the CPU that is so already for one number of threads."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
