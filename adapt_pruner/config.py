@@ -53,8 +53,8 @@ class PruneConfig:
             implementation number Q modulo the groups (modulo).
         protected_layers: layers that lose nothing, such as 0-3,30,-1 (the last), or none.
         granularity: what attention is pruned by: whole KV groups (kv_group), or as many query heads of each
-            remaining KV group of a layer (query_head); or "layer": the least important decoder layers go as a
-            whole, and the others stay as they are.
+            remaining KV group of a layer (query_head; where every KV head has one, they are KV groups); or
+            "layer": the least important decoder layers go as a whole, and the others stay as they are.
         mlp_granularity: what layers with a mixture of experts are pruned by: as many channels of each expert
             of a layer (channel), or whole experts (expert). Other layers lose channels.
         attention_rate: the multiple of a layer's sparsity that its attention units lose, 0 for none. The

@@ -104,6 +104,8 @@ METHODS: tuple[Method, ...] = (
         estimator=OBS_FISHER,
         allocation="global",
         iterations=15,
+        granularity="query_head",
+        attention_rate=0.5,
         compensation="least_squares",
         carry_over=1.0,
     ),

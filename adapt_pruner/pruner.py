@@ -100,6 +100,10 @@ def prune(
     widths = layer_widths(checkpoint.config)
     config, estimator = resolve(config, len(widths), method)
     config = with_prefix(config, checkpoint)
+    if config.granularity == "query_head" and all(
+        w.num_attention_heads == w.num_key_value_heads for w in widths
+    ):
+        config = dataclasses.replace(config, granularity="kv_group")  # of one query head each
     granularity = config.granularity or "kv_group"
     family = family.with_granularity(granularity, config.mlp_granularity)
     if estimator is not None and any(layer.num_experts for layer in widths):

@@ -12,6 +12,7 @@ from adapt_pruner import kernels
 from adapt_pruner.config import RIDGE
 from adapt_pruner.families import find_family, layer_widths
 from adapt_pruner.scoring import ESTIMATORS, find_estimator, score
+from adapt_pruner.scoring.obs import DAMPING
 
 HEAD_DIM, KV, HEADS = SHAPE["head_dim"], SHAPE["num_key_value_heads"], SHAPE["num_attention_heads"]
 BATCH = torch.randint(3, VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(1))
@@ -142,7 +143,7 @@ def obs_fisher(model):
     metrics = {}
     for weight, g in zip(list(outputs), by_outputs, strict=True):
         products = g.reshape(-1, g.shape[-1]).T @ g.reshape(-1, g.shape[-1])
-        metrics[weight] = (products + 0.1 * products.diagonal().mean() * torch.eye(len(products))) / 2
+        metrics[weight] = (products + DAMPING * products.diagonal().mean() * torch.eye(len(products))) / 2
     return obs(model, metric=lambda w: metrics[w])
 
 

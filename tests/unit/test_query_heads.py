@@ -170,6 +170,15 @@ def test_attention_with_one_kv_head_shrinks_by_query_heads(settings):
     assert model(IDS).logits.isfinite().all()
 
 
+def test_query_heads_with_a_kv_head_each_are_kv_groups(settings):
+    model = make_model("llama", num_attention_heads=4, num_key_value_heads=4)
+    result = prune(settings("llama", model, attention_rate=2.0, target=0.6))
+    assert result.plan.granularity == result.plan.settings["granularity"] == "kv_group"
+    after = summarize(result.model_directory).layers
+    assert min(layer.widths.num_key_value_heads for layer in after) < 4
+    assert all(layer.widths.num_attention_heads == layer.widths.num_key_value_heads for layer in after)
+
+
 def test_a_model_pruned_by_kv_groups_is_pruned_on_by_query_heads(settings, tmp_path):
     first = prune(settings("llama", target=0.8, granularity="kv_group"))
     widths = [layer.widths for layer in summarize(first.model_directory).layers]
