@@ -59,8 +59,23 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = re.sub(rf"\b(?:{'|'.join(_COMMANDS)})\.(\w+)", lambda m: _flag(m[1]), message)
         text = re.sub(r'Parser key "(\w+)":', lambda m: f"{_flag(m[1])}:", text)
-        print(f"adapt-pruner: error: {' '.join(text.split())}; see --help", file=sys.stderr)
+        text = _plainly(" ".join(text.split()))
+        print(f"adapt-pruner: error: {text}; see --help", file=sys.stderr)
         sys.exit(2)
+
+
+def _plainly(message: str) -> str:
+    """What the parser says of a setting that may be left out, without the names of types."""
+    union = re.search(
+        r": Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .*"
+        r" Given value: (.*)",
+        message,
+    )
+    if union is None:
+        return message
+    kinds = re.sub(r"(, )?<class 'NoneType'>", "", union[1])
+    kinds = re.sub(r"<class '(\w+)'>", r"\1", re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", kinds))
+    return f"{message[: union.start()]} is {union[2]!r}, expected {kinds}"
 
 
 def build_parser() -> ArgumentParser:

@@ -143,6 +143,8 @@ class PruneConfig:
             raise MissingSetting("output is missing: expected the run directory to create")
         if not self.targets():
             raise MissingSetting(f"target is missing: expected at least one of {', '.join(_TARGETS)}")
+        if self.target is None:
+            _require("target_of", self.target_of, "'all' without target", self.target_of == "all")
         for name in ("target_context", "latency_batch", "latency_tokens"):
             _require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
         for name in ("round_to", "iterations", "search_evaluations", "num_sequences", "micro_batch_size"):

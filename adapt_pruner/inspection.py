@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from adapt_pruner.assets import resolve_model
-from adapt_pruner.checkpoint import DTYPE_BYTES, open_checkpoint
+from adapt_pruner.checkpoint import DTYPE_BYTES, Checkpoint, open_checkpoint
 from adapt_pruner.config import InspectConfig
 from adapt_pruner.families import LayerWidths, find_family, layer_widths, unit_costs
 from adapt_pruner.plan import PruningPlan
@@ -75,7 +75,7 @@ def summarize(model: str | Path, *, context: int = 1024) -> ModelSummary:
     for info in checkpoint.tensors.values():
         dtypes[info.dtype] += info.numel
     dtype = dtypes.most_common(1)[0][0]
-    windows = attended_tokens(checkpoint.config, len(widths), context)
+    windows = attended_tokens(checkpoint, context)
     layers = []
     for i, layer in enumerate(widths):
         prefix = family.layer_prefix.format(layer=i) + "."
@@ -113,11 +113,20 @@ def summarize(model: str | Path, *, context: int = 1024) -> ModelSummary:
     )
 
 
-def attended_tokens(config: Mapping[str, Any], num_layers: int, context: int) -> list[int]:
+def attended_tokens(checkpoint: Checkpoint, context: int) -> list[int]:
     """Per layer, how many of `context` tokens the last one attends to and the cache keeps."""
-    # Layers that look at a sliding window alone, where the config lists them.
-    types = config.get("layer_types") or ["full_attention"] * num_layers
-    window = config.get("sliding_window") or context
+    config, num_layers = checkpoint.config, checkpoint.config["num_hidden_layers"]
+    window, types = config.get("sliding_window"), config.get("layer_types")
+    if window is None:
+        return [context] * num_layers
+    if types is None:
+        # Which layers look at the window alone follows from other keys, as the class of the config knows.
+        from transformers import AutoConfig
+
+        built = AutoConfig.from_pretrained(checkpoint.directory)
+        if built.sliding_window is None:
+            return [context] * num_layers
+        types = getattr(built, "layer_types", None) or ["sliding_attention"] * num_layers
     return [min(context, window) if kind == "sliding_attention" else context for kind in types]
 
 

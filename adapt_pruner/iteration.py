@@ -75,8 +75,12 @@ def iterate(
     clock.append(time.perf_counter())
     layer_importance = normalize_importance(scores.layer_importance, config.normalize)
     lanes = [{kind.name: kind.lanes(w) for kind in engine.family.kinds_in(w)} for w in engine.widths]
+    mean = config.allocation == "threshold"  # which is one for units, and they go by bundles
     bundled = tuple(
-        {kind: bundle_importance(values, layer_lanes[kind]) for kind, values in layer.items()}
+        {
+            kind: bundle_importance(values, layer_lanes[kind]) / (layer_lanes[kind] if mean else 1)
+            for kind, values in layer.items()
+        }
         for layer, layer_lanes in zip(scores.unit_importance, lanes, strict=True)
     )
     rows = engine.widths[0].head_dim

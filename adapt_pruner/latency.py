@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,11 @@ from adapt_pruner.plan import Indices
 from adapt_pruner.resources import Resource
 
 ROUNDS = 9  # measurements of each model; all take turns, and the median counts
-TRIALS = 8  # allocations of one iteration that are measured before the best is taken
+SAMPLE_SECONDS = 0.02  # that one of them lasts at least
+TRIALS = 12  # measurements of allocations of one iteration before the best is taken
 CLOSE = 0.95  # of the target: a model that takes less time gives units back where nothing else needs them
 SAMPLE_LAYERS = 4
+FAR = 10.0  # the factor that a unit's time may differ from its share of the parameters
 PICO = 10**12
 
 Keep = tuple[dict[str, Indices], ...]
@@ -42,10 +44,30 @@ def forward_seconds(model: nn.Module, inputs: Tensor) -> float:
 
 
 def measure(models: Sequence[nn.Module], inputs: Tensor) -> Floats:
-    """[rounds, models], seconds of a forward pass of each, the models taking turns; one round warms up."""
+    """[rounds, models], seconds of a forward pass of each, the models taking turns.
+
+    One round warms up and tells how many passes a measurement needs to last long enough.
+    """
+
+    def total(passes: int) -> list[float]:
+        return [sum(forward_seconds(model, inputs) for _ in range(passes)) for model in models]
+
     with torch.inference_mode():
-        rounds = [[forward_seconds(model, inputs) for model in models] for _ in range(ROUNDS + 1)]
-    return np.array(rounds[1:])
+        passes = math.ceil(SAMPLE_SECONDS / max(1e-9, min(total(1))))
+        return np.array([total(passes) for _ in range(ROUNDS)]) / passes
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """An allocation of an iteration, and its times as fractions of the original model's; confirmed: by two
+    measurements."""
+
+    choice: Choice
+    ratios: list[float]
+
+    @property
+    def confirmed(self) -> bool:
+        return len(self.ratios) >= 2 * ROUNDS
 
 
 class Latency:
@@ -75,7 +97,11 @@ class Latency:
         self._dense = engine.copy()
         generator = torch.Generator().manual_seed(0)
         shape = (config.latency_batch, config.latency_tokens)
-        vocabulary = self._dense.config.vocab_size
+        vocabulary, longest = self._dense.config.vocab_size, self._dense.config.max_position_embeddings
+        if config.latency_tokens > longest:
+            raise ValueError(
+                f"latency_tokens is {config.latency_tokens}, expected at most {longest}, the model's longest"
+            )
         self._inputs = torch.randint(vocabulary, shape, generator=generator).to(engine.model.device)
         if state is not None:
             self.before, self.target, self.amount = state["before"], state["target"], state["amount"]
@@ -93,6 +119,7 @@ class Latency:
         self.amount = self.before
         self._cost = fit_unit_costs(engine, budget, self._inputs)
         self._scale = 1.0
+        self._require_reachable(budget)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -131,34 +158,44 @@ class Latency:
         Raises:
             ValueError: the model takes longer than the target even without all units that may go.
         """
-        tried: list[tuple[Choice, int]] = []
+        tried: list[_Trial] = []
         for _ in range(TRIALS):
             self._require_reachable(budget)
             choice = choose(self.limited(budget))
             counts = choice[0].counts
-            if any(counts == other.counts for (other, _), _ in tried):
-                break
+            trial = next((trial for trial in tried if trial.choice[0].counts == counts), None)
+            if trial is None:
+                trial = _Trial(choice, [])
+                tried.append(trial)
+            elif trial.confirmed:
+                break  # no other allocation is to be had
             seconds = measure([self._dense, engine.copy(choice[1])], self._inputs)
-            measured = round(float(np.median(seconds[:, 1] / seconds[:, 0])) * self.before)
-            tried.append((choice, measured))
+            trial.ratios.extend((seconds[:, 1] / seconds[:, 0]).tolist())
+            measured = self._measured(trial)
             landed = not budget.over(counts, parameters)
             if measured > self.target:
-                if not choice[0].landed:
-                    break
-                if counts == budget.least:
+                done = not choice[0].landed
+                if counts == budget.least and trial.confirmed:
                     self._refuse(measured)
-            elif measured >= CLOSE * self.target or not landed:
-                break
+            else:
+                done = measured >= CLOSE * self.target or not landed
             removed = used(budget.current, self._cost) - used(counts, self._cost)
-            if not removed:
-                break
+            if done or not removed:
+                if trial.confirmed:
+                    break
+                continue  # once more, as what is reported must not be a lucky moment
             self._scale = max(self._scale / 4, min(self._scale * 4, (self.amount - measured) / removed))
-        choice, self.amount = min(tried, key=self._distance)
-        return choice
+        best = min([trial for trial in tried if trial.confirmed] or tried, key=self._distance)
+        self.amount = self._measured(best)
+        return best.choice
 
-    def _distance(self, tried: tuple[Choice, int]) -> tuple[bool, int]:
+    def _measured(self, trial: _Trial) -> int:
+        return round(float(np.median(trial.ratios)) * self.before)
+
+    def _distance(self, trial: _Trial) -> tuple[bool, int]:
         """What meets the target first, then what is closest to it."""
-        return tried[1] > self.target, abs(tried[1] - self.target)
+        measured = self._measured(trial)
+        return measured > self.target, abs(measured - self.target)
 
     def _require_reachable(self, budget: UnitBudget) -> None:
         if self.amount > self.target and used(budget.current, self._cost) == used(budget.least, self._cost):
@@ -217,5 +254,11 @@ def fit_unit_costs(engine: InMemoryEngine, budget: UnitBudget, inputs: Tensor) -
         )
     seconds = np.median(measure(models, inputs), axis=0)
     slopes = np.linalg.lstsq(np.column_stack([np.ones(len(points)), removed]), seconds, rcond=None)[0][1:]
-    cost = {kind: max(0, round(-float(s) * PICO)) for kind, s in zip(kinds, slopes, strict=True)}
+    # Were time in proportion to parameters. A disturbed fit that is far from it would take one kind alone.
+    units = [[budget.current[i][kind] * budget.cost[i][kind] for i in layers] for kind in kinds]
+    shares = [seconds[0] / np.sum(units) * budget.cost[0][kind] for kind in kinds]
+    cost = {
+        kind: round(float(np.clip(-slope, share / FAR, share * FAR)) * PICO)
+        for kind, slope, share in zip(kinds, slopes, shares, strict=True)
+    }
     return tuple(dict(cost) for _ in budget.current)

@@ -105,7 +105,7 @@ METHODS: tuple[Method, ...] = (
         allocation="global",
         iterations=15,
         granularity="query_head",
-        attention_rate=0.5,
+        attention_rate=0.25,
         compensation="least_squares",
         carry_over=1.0,
     ),
@@ -198,10 +198,19 @@ def _require_target_of_parameters(config: PruneConfig, what: str) -> None:
 def _refuse_unit_settings(config: PruneConfig) -> None:
     given = {name: getattr(config, name) for name in _OF_UNITS if name != "granularity"}
     given["compensation"] = None if config.compensation == "none" else config.compensation
-    given["gradients"] = "fused" if config.gradients == "fused" else None
-    useless = {name: value for name, value in given.items() if value is not None}
+    useless = {name: value for name, value in given.items() if value is not None} | _changed(config)
     if useless:
         raise ValueError(f"granularity is 'layer', which removes no units: expected no {useless}")
+
+
+# Settings about units that no method decides.
+_ABOUT_UNITS = ("mlp_granularity", "round_to", "gradients")
+
+
+def _changed(config: PruneConfig) -> dict[str, Any]:
+    """Those that are not as they are if not given."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {n: getattr(config, n) for n in _ABOUT_UNITS if getattr(config, n) != defaults[n]}
 
 
 def resolve(
@@ -224,7 +233,7 @@ def resolve(
     if whole_layers:
         _refuse_unit_settings(config)
         _require_target_of_parameters(config, "granularity 'layer'")
-        preset |= {**dict.fromkeys(("estimator", "allocation", "gqa_credit")), "compensation": "none"}
+        preset |= {**dict.fromkeys(_OF_UNITS), "granularity": "layer", "compensation": "none"}
     settings = {
         field.name: preset[field.name]
         for field in dataclasses.fields(config)
@@ -233,6 +242,8 @@ def resolve(
     resolved = dataclasses.replace(config, **settings)
     if whole_layers:
         return resolved, None
+    if resolved.gqa_credit == "modulo" and resolved.granularity == "query_head":
+        raise ValueError("gqa_credit is 'modulo', which is about KV groups: expected granularity kv_group")
     if resolved.allocation == "search":
         _require_target_of_parameters(config, "allocation 'search'")
     named, own = resolved.estimator, method.estimator
@@ -250,18 +261,14 @@ def resolve_dimensions(config: PruneConfig, method: Method) -> PruneConfig:
     Raises:
         ValueError: a setting that says how units are chosen.
     """
-    given = [name for name in (*_OF_UNITS, "protected_layers") if getattr(config, name) is not None]
-    if config.gradients != "auto":
-        given.append("gradients")
+    names = (*_OF_UNITS, "protected_layers")
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    given |= _changed(config)
     if given:
-        name = given[0]
         raise ValueError(
-            f"{name} is {getattr(config, name)!r}, but {method.name} removes dimensions of hidden states, "
-            "not units of layers: expected it not to be given"
+            f"{method.name} removes dimensions of hidden states, not units of layers: expected no {given}"
         )
     _require_target_of_parameters(config, method.name)
-    if config.round_to != 1:
-        raise ValueError(f"round_to is {config.round_to}, but {method.name} removes no channels: expected 1")
     return _of_method(config, method)
 
 

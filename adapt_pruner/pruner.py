@@ -117,6 +117,8 @@ def prune(
         floor = budget.num_parameters - removable_parameters(sizes, budget.protected)
     target = resolve_target(config, budget, embeddings, floor=floor, added=added)
     resources = find_resources(config, checkpoint, family, budget)
+    removes = restricted(config, budget, resources).over(budget.current, target)
+    removes |= config.targets().get("target_latency", 1.0) != 1.0
     output = Path(config.output)
     RunDirectory(output).check(config, resume=config.resume)
     if RunDirectory(output).complete:
@@ -131,11 +133,16 @@ def prune(
         backend=config.backend,
         granularity=granularity,
         mlp_granularity=config.mlp_granularity,
-        output_biases=config.compensation == "bias" and target != checkpoint.num_parameters,
+        output_biases=config.compensation == "bias" and removes,
     )
+    latency = None
+    if config.target_latency is not None:
+        state = RunDirectory(output).load_state()
+        latency = Latency(config, engine, budget, state["latency"] if state else None)
     run = RunDirectory.open(output, config, resume=config.resume)
     try:
-        _prune(config, estimator, run, engine, tokens, budget, embeddings, target, resources, on_iteration)
+        what = (config, estimator, run, engine, tokens, budget, embeddings, target, resources, latency)
+        _prune(*what, on_iteration)
         return _result(run)
     finally:
         run.close()
@@ -151,6 +158,7 @@ def _prune(
     embeddings: int,
     target: int,
     resources: tuple[Resource, ...],
+    latency: Latency | None,
     on_iteration: OnIteration | None,
 ) -> None:
     units = unit_counts(engine.family, engine.widths)
@@ -167,9 +175,6 @@ def _prune(
     earlier: Scores | None = None
     iteration = 0
     state = run.load_state()
-    latency = None
-    if config.target_latency is not None:
-        latency = Latency(config, engine, budget, state["latency"] if state else None)
     if state is not None:
         iteration = state["iteration"]
         sparsity = np.array(state["sparsity"])

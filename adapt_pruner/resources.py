@@ -51,7 +51,7 @@ def find_resources(
         return ()
     summary = summarize(checkpoint.directory, context=config.target_context)
     widths = layer_widths(checkpoint.config)
-    tokens = attended_tokens(checkpoint.config, len(widths), config.target_context)
+    tokens = attended_tokens(checkpoint, config.target_context)
     resources = []
     if "target_flops" in targets:
         shapes = {name: info.shape for name, info in checkpoint.tensors.items() if len(info.shape) == 2}
@@ -84,13 +84,16 @@ def _resource(
 def require_reachable(resource: Resource, budget: UnitBudget) -> None:
     """Raises a ValueError unless the units that may go can meet the target."""
     limit = resource.limit(budget)
-    if not budget.kinds(limit) and resource.target < resource.before:
-        advice = "; it shrinks with whole KV groups: expected granularity kv_group and attention_rate above 0"
+    floor = budget.amount(limit, budget.least)
+    if floor == resource.before > resource.target:
+        advice = (
+            "; it shrinks with whole KV groups: expected granularity kv_group, attention_rate above 0, and "
+            "layers with more than one KV head"
+        )
         raise ValueError(
             f"{resource.setting} cannot be met: no unit that may go uses {resource.name}"
             f"{advice if resource.name == 'kv_cache_bytes' else ''}"
         )
-    floor = budget.amount(limit, budget.least)
     if not floor <= resource.target <= resource.before:
         relation = "above what the model uses" if resource.target > resource.before else "below what stays"
         raise ValueError(

@@ -28,8 +28,9 @@ def restricted(config: PruneConfig, budget: UnitBudget, resources: tuple[Resourc
     """The budget with what the settings say may go, how fast, and what else is limited."""
     protected = parse_layers(config.protected_layers or "none", len(budget.initial))
     rates = {
-        kind: getattr(config, _rate_of(kind))
+        kind: rate
         for kind in sorted({k for layer in budget.initial for k in layer})
+        if (rate := getattr(config, _rate_of(kind))) is not None  # none where whole layers go
     }
     limits = tuple(r.limit(budget) for r in resources)
     return dataclasses.replace(

@@ -44,7 +44,7 @@ def require_sliceable(model_type: str) -> None:
             "it has norms between its blocks and the residual stream, which a rotation does not commute with"
         )
     else:
-        reason = "it is not one of them"
+        reason = "only stock models of some families can be"
     raise ValueError(
         f"model_type is {model_type!r}, which slicegpt cannot slice: {reason}; expected one of {MODEL_TYPES}"
     )
@@ -80,7 +80,7 @@ class SliceBudget:
             if name in ("model.embed_tokens.weight", "lm_head.weight"):
                 continue
             *path, module, kind = name.split(".")
-            if module in _FOLDED and kind == "weight":
+            if (module in _FOLDED and kind == "weight") or module == "rotary_emb":  # frequencies in old files
                 continue
             if len(path) != 4 or path[3] not in ("self_attn", "mlp"):
                 raise ValueError(f"slicegpt does not know what to do with tensor {name} {info.shape}")

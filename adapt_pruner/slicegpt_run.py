@@ -91,6 +91,7 @@ def prune_dimensions(
             "parameters_target": target,
             "parameters_after": parameters,
             "parameters_below_target": target - parameters,
+            "resources": {},
             "non_embedding_before": checkpoint.num_parameters - embeddings,
             "non_embedding_after": budget.parameters(widths, embeddings=False),
             "hidden_size_before": budget.hidden_size,

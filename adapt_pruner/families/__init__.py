@@ -48,6 +48,10 @@ def find_family(model_type: str | None) -> Family:
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
+    if str(model_type).startswith("sliced_"):
+        raise ValueError(
+            f"model_type is {model_type!r}: a model that slicegpt has sliced cannot be pruned again"
+        )
     known = known_model_types()
     raise ValueError(
         f"unknown architecture: model_type is {model_type!r}, expected one of {known}; "

@@ -17,7 +17,7 @@ from adapt_pruner.checkpoint import config_hash, open_checkpoint
 from adapt_pruner.config import InspectConfig
 from adapt_pruner.engines.in_memory import load_model
 from adapt_pruner.families import find_family
-from adapt_pruner.inspection import inspect_model, ratios, summarize
+from adapt_pruner.inspection import attended_tokens, inspect_model, ratios, summarize
 from adapt_pruner.plan import PruningPlan
 from adapt_pruner.surgery import apply_plan
 
@@ -106,6 +106,23 @@ def test_kv_cache_bytes_are_those_of_a_real_cache(tmp_path, dtype):
         summary = summarize(directory)
         assert [tokens * layer.kv_cache_bytes_per_token for layer in summary.layers] == per_layer
         assert tokens * summary.kv_cache_bytes_per_token == sum(per_layer)
+
+
+@pytest.mark.parametrize("family", ["mistral", "mixtral", "phi3", "gemma2", "gemma3_text", "qwen2"])
+def test_windows_are_those_of_a_real_cache_without_a_list_of_layers(tmp_path, family):
+    window, tokens = 8, 13
+    more = {"use_sliding_window": True, "max_window_layers": 2} if family == "qwen2" else {}
+    make_model(family, sliding_window=window, **more).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("layer_types", None)  # as older checkpoints have it
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load_model(tmp_path)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.arange(tokens)[None], past_key_values=cache, use_cache=True)
+    windows = [window if layer.is_sliding else tokens for layer in cache.layers]
+    assert window in windows
+    assert attended_tokens(open_checkpoint(tmp_path), tokens) == windows
 
 
 def test_a_summary_as_json(tiny_models):

@@ -273,12 +273,13 @@ def test_settings_about_units_are_refused(tmp_path):
     assert (resolved.granularity, resolved.iterations) == ("layer", 1)
     for change in (
         {"estimator": "wanda"}, {"allocation": "global"}, {"gqa_credit": "modulo"}, {"gradients": "fused"},
-        {"compensation": "bias"},
+        {"compensation": "bias"}, {"round_to": 8}, {"mlp_granularity": "expert"}, {"carry_over": 1.0},
     ):  # fmt: skip
-        (value,) = change.values()
+        ((name, value),) = change.items()
         wrong = dataclasses.replace(config, micro_batch_size=512, **change)
-        with pytest.raises(ValueError, match=f"which removes no units: expected no .*'{value}'"):
+        with pytest.raises(ValueError, match=f"which removes no units: expected no .*'{name}': {value!r}"):
             resolve(wrong, 4)
+    assert resolve(resolved, 4)[0] == resolved  # what config.yaml has is accepted again
     by_flap = dataclasses.replace(config, method="flap", granularity="layer")
     assert resolve(by_flap, 4)[0].compensation == "none"
     with pytest.raises(ValueError, match="shortgpt removes whole layers: expected granularity layer, or"):

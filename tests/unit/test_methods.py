@@ -146,6 +146,14 @@ def test_channels_go_in_steps(settings, allocation):
         assert result.metrics["parameters_below_target"] < 16 * CHANNEL
 
 
+def test_one_threshold_is_for_single_units(settings, tmp_path):
+    """Query heads go in bundles of one per KV head; a bundle counts as a unit of their mean importance."""
+    changes = {"method": "flap", "granularity": "query_head", "compensation": "none", "target": 0.6}
+    result = prune(settings("llama", **changes))
+    heads = [len(layer["query_head"]) for layer in result.plan.keep_indices]
+    assert min(heads) < result.plan.initial_units[0]["query_head"]
+
+
 def test_what_stays_is_part_of_the_message(settings):
     with pytest.raises(ValueError, match=r"leaves beside all of channel \(mlp_rate 0\): expected 7"):
         prune(settings(mlp_rate=0, target=0.5))

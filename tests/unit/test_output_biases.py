@@ -184,8 +184,9 @@ def test_a_model_with_added_biases_can_be_pruned_on(settings, tmp_path):  # noqa
     assert torch.equal(before[name], after[name])  # without compensation they stay as they are
 
 
-def test_nothing_to_remove_needs_no_biases(settings, tiny_models):  # noqa: F811
-    result = prune(settings("mistral", target=1.0, compensation="bias"))
+@pytest.mark.parametrize("targets", [{"target": 1.0}, {"target": None, "target_kv_cache": 1.0}])
+def test_nothing_to_remove_needs_no_biases(settings, tiny_models, targets):  # noqa: F811
+    result = prune(settings("mistral", compensation="bias", **targets))
     original = load_file(tiny_models["mistral"] / "model.safetensors")
     kept = load_file(result.model_directory / "model.safetensors")
     assert original.keys() == kept.keys()
@@ -214,6 +215,34 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(settings, tmp_path, monkey
     tensors = load_file(tmp_path / "broken" / "state" / "tensors-002.safetensors")
     assert sum(t.numel() for t in tensors.values()) == ADDED  # the biases alone
     resumed = prune(config("broken", resume=True))
+    assert bytes_of(resumed.run_directory) == bytes_of(whole.run_directory)
+
+
+@pytest.mark.parametrize("other", [{"target_flops": 0.8}, {"target_kv_cache": 0.5}])
+def test_all_parameters_beside_another_target(settings, tiny_models, other):  # noqa: F811
+    result = prune(settings("mistral", target=1.0, compensation="bias", **other))
+    assert result.metrics["parameters_after"] <= summarize(tiny_models["mistral"]).parameters
+    (used,) = result.metrics["resources"].values()
+    assert used["after"] <= used["target"]
+
+
+def test_biases_that_are_there_already_survive_a_resume(settings, tmp_path):  # noqa: F811
+    """Tiny Llama has them, and parameters are not what is limited."""
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(report):
+        if report.iteration == 2:
+            raise Interrupted
+
+    changes = {"target": None, "target_kv_cache": 0.25, "compensation": "bias", "amplitude": 0.0}
+    whole = prune(settings("llama", output=str(tmp_path / "whole"), **changes))
+    changes["output"] = str(tmp_path / "broken")
+    with pytest.raises(Interrupted):
+        prune(settings("llama", **changes), on_iteration=interrupt)
+    resumed = prune(settings("llama", resume=True, **changes))
+    assert whole.metrics["iterations"] > 2
     assert bytes_of(resumed.run_directory) == bytes_of(whole.run_directory)
 
 

@@ -128,10 +128,12 @@ def test_directions_that_the_text_never_takes_go_first(settings):
         ("granularity", "kv_group"),
         ("compensation", "none"),
         ("gradients", "materialised"),
+        ("round_to", 8),
+        ("mlp_granularity", "expert"),
     ],
 )
 def test_settings_about_units_are_refused(settings, tmp_path, option, value):
-    with pytest.raises(ValueError, match=f"{option} is '{value}', but slicegpt removes dimensions"):
+    with pytest.raises(ValueError, match=f"slicegpt removes dimensions .* no {{'{option}': {value!r}}}"):
         prune(settings(**{option: value}))
     assert not (tmp_path / "run").exists()
 
@@ -180,10 +182,12 @@ def test_a_dtype_of_ones_own(settings):
 
 def test_the_other_commands(settings, tiny_models, calibration_file, tmp_path, capsys):
     run = tmp_path / "run"
-    arguments = ["prune", tiny_models["llama"], "--target", "0.7", "--output", run, "--json"]
+    arguments = ["prune", tiny_models["llama"], "--target", "0.7", "--output", run]
     arguments += ["--method", "slicegpt", "--calibration", calibration_file]
     arguments += ["--num-sequences", "4", "--sequence-length", "16"]
     assert cli.main([str(a) for a in arguments]) == 0
+    assert "parameters below the target after 1 iterations" in capsys.readouterr().out
+    assert cli.main([str(a) for a in [*arguments, "--resume", "--json"]]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["plan_hash"], shown["iterations"]) == (None, 1)
     result = evaluate(EvaluateConfig(str(run), str(calibration_file), context=32, max_tokens=200))
