@@ -123,7 +123,9 @@ def evaluate_multiple_choice(
     results = []
     for name in tasks:
         items = load_items(name, limit=limit, questions=questions)
-        results.append(_result(TASKS[name], items, score_items(model, tokenizer, items, batch_size=batch_size)))
+        results.append(
+            _result(TASKS[name], items, score_items(model, tokenizer, items, batch_size=batch_size))
+        )
     normalised = [(r.accuracy, r.accuracy_stderr) for r in results]
     for i, result in enumerate(results):
         if result.accuracy_norm is not None:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from adapt_pruner.bench import BenchResult, Comparison
+    from adapt_pruner.comparison import ComparisonResult
     from adapt_pruner.evaluation.evaluate import EvaluationResult
     from adapt_pruner.inspection import LayerSummary, ModelSummary
     from adapt_pruner.pruner import IterationReport
@@ -155,6 +156,34 @@ def show_evaluated(console: Console, result: EvaluationResult) -> None:
             "",
         )
         console.print(table)
+
+
+def show_compared(console: Console, result: ComparisonResult) -> None:
+    if result.output is None:
+        table = Table("model", "method", "target", "pruning", "evaluation", "loading", "minutes")
+        for e in result.estimates:
+            minutes = (e.pruning, e.evaluation, e.loading, e.minutes)
+            table.add_row(e.model, e.method, _target(e.target), *(f"{m:.1f}" for m in minutes))
+        console.print(table)
+        total = sum(e.minutes for e in result.estimates)
+        console.print(f"about {total:.0f} minutes, from measured passes through the models alone")
+        return
+    table = Table("model", "method", "target", "kept", "perplexity", "mean accuracy", "difference", "")
+    for line in result.rows:
+        kept = "-" if line["parameters_kept"] is None else f"{line['parameters_kept']:.2%}"
+        perplexity = "-" if line["perplexity"] is None else f"{line['perplexity']:.2f}"
+        means = [
+            _with_error(line.get(name), line.get(f"{name}_stderr")) for name in ("mean", "mean_difference")
+        ]
+        failed = "" if line["failure"] is None else escape(line["failure"])
+        target = _target(line["target"])
+        table.add_row(line["model"], line["method"], target, kept, perplexity, *means, failed)
+    console.print(table)
+    console.print(f"{result.output / 'results.md'} has all of it", markup=False)
+
+
+def _target(target: float | None) -> str:
+    return "" if target is None else f"{target:g}"
 
 
 def _with_error(value: float | None, error: float | None) -> str:
