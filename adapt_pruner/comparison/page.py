@@ -17,9 +17,9 @@ Perplexity, accuracy and speed are those of the saved models. Accuracy is normal
 does so, with 0 shots; the number behind ± is a standard error. A difference is the mean over tasks of the
 accuracy minus that of {baseline}, on the same questions, with the standard error of the paired differences.
 "Above chance" is the mean over those tasks alone that the dense model does better than guessing, by more than
-two standard errors. Pruning seconds are those of the rounds, without loading and saving; the peak is the memory
-of the process that pruned (on a GPU what was allocated there). Tokens per second are those of a forward pass
-of {batch} x {tokens} tokens, before and after, the two models taking turns.
+two standard errors. Pruning seconds are those of the rounds, without loading and saving; the peak is the
+memory of the process that pruned (on a GPU what was allocated there). Tokens per second are those of a
+forward pass of {batch} x {tokens} tokens, before and after, the two models taking turns.
 """
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -142,6 +143,8 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
+    """What the process runs: works on the row in the file that its argument names."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent, which gets it too, ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(format="adapt-pruner: %(message)s")
     logging.getLogger("adapt_pruner").setLevel(logging.INFO)
@@ -149,7 +152,3 @@ def main() -> None:
 
     transformers_logging.disable_progress_bar()
     work(Path(sys.argv[1]))
-
-
-if __name__ == "__main__":
-    main()

@@ -20,9 +20,9 @@ import yaml
 from adapt_pruner.assets import resolve_model
 from adapt_pruner.calibration import calibration_tokens, with_prefix
 from adapt_pruner.checkpoint import Checkpoint, open_checkpoint, write_json, write_text
+from adapt_pruner.comparison import row_process
 from adapt_pruner.comparison.estimate import Estimate, Workload, estimate
 from adapt_pruner.comparison.page import read_comparison, write_page
-from adapt_pruner.comparison.row_process import delete_model, run_of
 from adapt_pruner.comparison.rows import Failure, Row, default_baseline, requested_rows
 from adapt_pruner.comparison.table import table
 from adapt_pruner.config import CompareConfig
@@ -96,7 +96,7 @@ def compare(config: CompareConfig) -> ComparisonResult:
                 _log.info("row %d of %d: %s after %.1f minutes", number, len(rows), reason, minutes)
                 write_page(output)
             if not config.keep_models and not Row.load(path).missing:
-                delete_model(run_of(path))
+                row_process.delete_model(row_process.run_of(path))
         write_page(output)
     finally:
         directory.close()
@@ -118,7 +118,7 @@ def _run(row: Row, path: Path) -> None:
     root = str(Path(__file__).resolve().parents[2])
     search = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
-        [sys.executable, "-m", "adapt_pruner.comparison.row_process", str(path)],
+        [sys.executable, "-c", f"from {row_process.__name__} import main; main()", str(path)],
         env={**os.environ, "PYTHONPATH": search},
         stdin=subprocess.PIPE,
         stdout=2,  # nothing of it belongs to the result on stdout

@@ -139,9 +139,11 @@ def load_items(name: str, *, limit: int | None = None, questions: Questions = "a
     """The questions of a task that `evaluate_multiple_choice` asks.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or `questions` is not one of the choices.
         AssetError: they could not be fetched.
     """
+    if questions not in _HALVES:
+        raise ValueError(f"questions is {questions!r}; expected one of {', '.join(_HALVES)}")
     rows = load_benchmark(name)[_HALVES[questions]][:limit]
     if not rows:
         raise ValueError(f"{name} has no {questions} questions")

@@ -160,26 +160,36 @@ def show_evaluated(console: Console, result: EvaluationResult) -> None:
 
 def show_compared(console: Console, result: ComparisonResult) -> None:
     if result.output is None:
-        table = Table("model", "method", "target", "pruning", "evaluation", "loading", "minutes")
-        for e in result.estimates:
-            minutes = (e.pruning, e.evaluation, e.loading, e.minutes)
-            table.add_row(e.model, e.method, _target(e.target), *(f"{m:.1f}" for m in minutes))
-        console.print(table)
-        total = sum(e.minutes for e in result.estimates)
-        console.print(f"about {total:.0f} minutes, from measured passes through the models alone")
+        _show_estimates(console, result)
         return
-    table = Table("model", "method", "target", "kept", "perplexity", "mean accuracy", "difference", "")
-    for line in result.rows:
-        kept = "-" if line["parameters_kept"] is None else f"{line['parameters_kept']:.2%}"
-        perplexity = "-" if line["perplexity"] is None else f"{line['perplexity']:.2f}"
-        means = [
-            _with_error(line.get(name), line.get(f"{name}_stderr")) for name in ("mean", "mean_difference")
-        ]
-        failed = "" if line["failure"] is None else escape(line["failure"])
-        target = _target(line["target"])
-        table.add_row(line["model"], line["method"], target, kept, perplexity, *means, failed)
-    console.print(table)
+    for model in dict.fromkeys(line["model"] for line in result.rows):
+        columns = ("method", "target", "non-embedding", "perplexity", "mean accuracy", "difference")
+        table = Table(*columns, title=escape(model))
+        for line in (line for line in result.rows if line["model"] == model):
+            kept, perplexity = line["non_embedding_kept"], line["perplexity"]
+            table.add_row(
+                line["method"],
+                _target(line["target"]),
+                "-" if kept is None else f"{kept:.2%}",
+                "-" if perplexity is None else f"{perplexity:.2f}",
+                _with_error(line.get("mean"), line.get("mean_stderr")),
+                _with_error(line.get("mean_difference"), line.get("mean_difference_stderr")),
+            )
+            if line["failure"]:
+                table.add_row("", "", "", escape(line["failure"]))
+        console.print(table)
     console.print(f"{result.output / 'results.md'} has all of it", markup=False)
+
+
+def _show_estimates(console: Console, result: ComparisonResult) -> None:
+    for model in dict.fromkeys(e.model for e in result.estimates):
+        table = Table("minutes", "target", "pruning", "evaluation", "loading", "in all", title=escape(model))
+        for e in (e for e in result.estimates if e.model == model):
+            minutes = (e.pruning, e.evaluation, e.loading, e.minutes)
+            table.add_row(e.method, _target(e.target), *(f"{m:.1f}" for m in minutes))
+        console.print(table)
+    total = sum(e.minutes for e in result.estimates)
+    console.print(f"at least about {total:.0f} minutes: passes through the models, as measured here, alone")
 
 
 def _target(target: float | None) -> str:

@@ -58,6 +58,7 @@ def plot_comparison(lines: Sequence[dict[str, Any]], path: Path, *, share: str) 
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     panels = [
         (column, title)
@@ -98,6 +99,8 @@ def plot_comparison(lines: Sequence[dict[str, Any]], path: Path, *, share: str) 
             axis.set_ylabel(title)
             if column == "perplexity" and measured:
                 axis.set_yscale("log")
+                axis.yaxis.set_major_formatter(LogFormatter())
+                axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False)
     temporary = path.with_name(f".{path.name}.partial")
     figure.savefig(temporary, dpi=110, format="png")
