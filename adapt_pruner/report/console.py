@@ -163,8 +163,10 @@ def show_compared(console: Console, result: ComparisonResult) -> None:
         _show_estimates(console, result)
         return
     for model in dict.fromkeys(line["model"] for line in result.rows):
-        columns = ("method", "target", "non-embedding", "perplexity", "mean accuracy", "difference")
-        table = Table(*columns, title=escape(model))
+        table = Table(title=f"{escape(model)} (kept: of the parameters outside embedding and head)")
+        table.add_column("method", no_wrap=True)
+        for column in ("target", "kept", "perplexity", "mean accuracy", "difference"):
+            table.add_column(column)
         for line in (line for line in result.rows if line["model"] == model):
             kept, perplexity = line["non_embedding_kept"], line["perplexity"]
             table.add_row(
@@ -183,7 +185,7 @@ def show_compared(console: Console, result: ComparisonResult) -> None:
 
 def _show_estimates(console: Console, result: ComparisonResult) -> None:
     for model in dict.fromkeys(e.model for e in result.estimates):
-        table = Table("minutes", "target", "pruning", "evaluation", "loading", "in all", title=escape(model))
+        table = Table("minutes", "target", "pruning", "evaluation", "loading", "all", title=escape(model))
         for e in (e for e in result.estimates if e.model == model):
             minutes = (e.pruning, e.evaluation, e.loading, e.minutes)
             table.add_row(e.method, _target(e.target), *(f"{m:.1f}" for m in minutes))
