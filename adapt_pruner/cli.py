@@ -229,7 +229,7 @@ def _compare(arguments: Namespace) -> Shown:
 
     _quieten_transformers()
     result = compare(_config(CompareConfig, arguments))
-    return result.to_dict(), lambda console: show.show_compared(console, result)
+    return result.to_dict(), lambda console: show.show_compared(console, result), int(result.incomplete)
 
 
 def _inspect(arguments: Namespace) -> Shown:

@@ -46,13 +46,15 @@ class ComparisonResult:
 
     Attributes:
         output: directory of results.md, results.csv and results.png; None of a dry run.
-        rows: as in results.csv; of a dry run what is asked for.
+        rows: as in results.csv; none of a dry run.
         estimates: of a dry run, minutes of each row.
+        incomplete: some row has broken, and another try with `resume` may end otherwise.
     """
 
     output: Path | None
     rows: tuple[dict[str, Any], ...]
     estimates: tuple[Estimate, ...] = ()
+    incomplete: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         if self.output is not None:
@@ -83,6 +85,8 @@ def compare(config: CompareConfig) -> ComparisonResult:
     directory = RunDirectory.open(output, config, resume=config.resume, free_to_change=_FREE_TO_CHANGE)
     try:
         _record_call(config, output, list(rows))
+        # Again, now that nobody else writes to them.
+        rows = {name: _with_earlier(row, _file(output, name)) for name, row in rows.items()}
         for number, (name, row) in enumerate(rows.items(), 1):
             path = _file(output, name)
             if not row.settled:
@@ -91,8 +95,8 @@ def compare(config: CompareConfig) -> ComparisonResult:
                 started = time.perf_counter()
                 _run(row, path)
                 minutes = (time.perf_counter() - started) / 60
-                done = Row.load(path)
-                reason = f"failed: {done.failure.reason}" if done.failure else "done"
+                failure = Row.load(path).failure
+                reason = f"failed: {failure.reason}" if failure else "done"
                 _log.info("row %d of %d: %s after %.1f minutes", number, len(rows), reason, minutes)
                 write_page(output)
             if not config.keep_models and not Row.load(path).missing:
@@ -100,7 +104,9 @@ def compare(config: CompareConfig) -> ComparisonResult:
         write_page(output)
     finally:
         directory.close()
-    return ComparisonResult(output, tuple(table(*read_comparison(output))))
+    done, info = read_comparison(output)
+    incomplete = any(not row.settled for row in done)
+    return ComparisonResult(output, tuple(table(done, info)), incomplete=incomplete)
 
 
 def _file(output: Path, name: str) -> Path:

@@ -394,10 +394,7 @@ def test_help_mentions_every_setting(command, name, config):
     status, out, _ = command(name, "--help")
     assert status == 0
     for field in dataclasses.fields(config) if config else ():
-        positional = field.name in ("model", "models", "plan", "suite") and (name, field.name) != (
-            "bench",
-            "models",
-        )
+        positional = field.name in (("models",) if name == "compare" else ("model", "plan", "suite"))
         wanted = field.name if positional else "--" + field.name.replace("_", "-")
         assert re.search(rf"(?<![\w-]){wanted}(?![\w-])", out), wanted
     assert "--json" in out
@@ -407,18 +404,7 @@ def test_help_mentions_every_setting(command, name, config):
 def test_help_describes_commands_and_settings(command):
     status, out, _ = command("--help")
     assert status == 0
-    for name in (
-        "prune",
-        "apply",
-        "evaluate",
-        "compare",
-        "inspect",
-        "bench",
-        "methods",
-        "families",
-        "doctor",
-        "demo",
-    ):
+    for name in cli._COMMANDS:
         assert re.search(rf"^\s+{name}\s+\w+", out, re.MULTILINE), name
     text = " ".join(command("prune", "--help")[1].split())
     assert "prune a model to a parameter budget" in text

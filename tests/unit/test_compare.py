@@ -329,7 +329,7 @@ def test_on_the_command_line_in_processes_of_its_own(
     killed.chmod(0o755)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", str(killed))
-        assert cli.main([str(a) for a in arguments]) == 0
+        assert cli.main([str(a) for a in arguments]) == 1
     rows, _ = page.read_comparison(tmp_path / "out")
     assert [row.failure.reason for row in rows] == ["its process was killed by SIGKILL"] * 2
     capfd.readouterr()
