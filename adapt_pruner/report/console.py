@@ -177,9 +177,10 @@ def show_compared(console: Console, result: ComparisonResult) -> None:
                 _with_error(line.get("mean"), line.get("mean_stderr")),
                 _with_error(line.get("mean_difference"), line.get("mean_difference_stderr")),
             )
-            if line["failure"]:
-                table.add_row("", "", "", escape(line["failure"]))
         console.print(table)
+    for line in (line for line in result.rows if line["failure"]):
+        what = f"{line['model']} {line['method']} {_target(line['target'])}"
+        console.print(f"{what} failed, {line['failure']}", markup=False)
     console.print(f"{result.output / 'results.md'} has all of it", markup=False)
 
 
@@ -191,7 +192,7 @@ def _show_estimates(console: Console, result: ComparisonResult) -> None:
             table.add_row(e.method, _target(e.target), *(f"{m:.1f}" for m in minutes))
         console.print(table)
     total = sum(e.minutes for e in result.estimates)
-    console.print(f"at least about {total:.0f} minutes: passes through the models, as measured here, alone")
+    console.print(f"about {total:.0f} minutes, by rates measured here just now")
 
 
 def _target(target: float | None) -> str:
