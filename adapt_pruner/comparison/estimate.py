@@ -101,8 +101,8 @@ class _Rates:
 def estimate(rows: Sequence[Row], workloads: Mapping[str, Workload]) -> tuple[Estimate, ...]:
     """Minutes of each row, from what the model before pruning takes for its passes and for scores of units.
 
-    What follows the scores of a round, such as solving for least squares, the principal components of SliceGPT,
-    and the start of processes are not counted.
+    What follows the scores of a round, such as solving for least squares, the principal components of
+    SliceGPT, and the start of processes are not counted.
     """
     rates = {model: _measure([row for row in rows if row.model == model]) for model in workloads}
     return tuple(_estimate(row, workloads[row.model], rates[row.model]) for row in rows)
