@@ -191,15 +191,18 @@ def _check_inputs(config: CompareConfig, rows: dict[str, Row]) -> dict[str, Work
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
         check_vocabulary(tokenizer, checkpoint.config["vocab_size"])
         _check_calibration(rows, model, checkpoint)
+        positions = checkpoint.config.get("max_position_embeddings")
+        for name in ("latency_tokens", *(["context"] if config.data != "none" else [])):
+            if positions is not None and getattr(config, name) > positions:
+                raise ValueError(
+                    f"{name} is {getattr(config, name)}, but {model} has only {positions} positions"
+                )
         tokens = 0
         if config.data != "none":
             part = "held-out" if config.data == "default" else None
             tokens = len(text_tokens(tokenizer, config.data, part, column=config.column, split=config.split))
             if tokens < 2:
                 raise ValueError(f"data {config.data!r} has {tokens} tokens for {model}: expected at least 2")
-            positions = checkpoint.config.get("max_position_embeddings")
-            if positions is not None and config.context > positions:
-                raise ValueError(f"context is {config.context}, but {model} has only {positions} positions")
             if config.context - (prefix_token(tokenizer, None) is not None) < 2:
                 raise ValueError(f"context is {config.context}: expected at least 2 tokens of text")
         workloads[model] = Workload.of(config, tokenizer, tokens, items)

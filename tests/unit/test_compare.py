@@ -388,6 +388,7 @@ def test_a_row_ends_with_the_comparison(settings, tmp_path):
         ({"num_sequences": 0}, "num_sequences is 0"),
         ({"sequence_length": 100_000}, "tokens"),
         ({"latency_tokens": 0}, "latency_tokens is 0"),
+        ({"latency_tokens": 300}, "latency_tokens is 300, but .* has only 256 positions"),
         ({"device": "abacus"}, "device is 'abacus'"),
         ({"questions": "prime"}, "questions is 'prime', expected one of"),
     ],
