@@ -14,7 +14,8 @@ from adapt_pruner.modeling.registration import register_on_first_load
 
 if TYPE_CHECKING:
     from adapt_pruner.bench import BenchResult, bench_kernels
-    from adapt_pruner.config import BenchConfig, EvaluateConfig, InspectConfig, PruneConfig
+    from adapt_pruner.comparison import ComparisonResult, compare
+    from adapt_pruner.config import BenchConfig, CompareConfig, EvaluateConfig, InspectConfig, PruneConfig
     from adapt_pruner.evaluation.evaluate import EvaluationResult, evaluate
     from adapt_pruner.inspection import ModelSummary, summarize
     from adapt_pruner.methods import METHODS, Method
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 _HOME = {
     "BenchConfig": "config",
     "BenchResult": "bench",
+    "CompareConfig": "config",
+    "ComparisonResult": "comparison",
     "Estimator": "scoring",
     "EvaluateConfig": "config",
     "EvaluationResult": "evaluation.evaluate",
@@ -38,6 +41,7 @@ _HOME = {
     "PruningPlan": "plan",
     "apply_plan": "surgery",
     "bench_kernels": "bench",
+    "compare": "comparison",
     "evaluate": "evaluation.evaluate",
     "prune": "pruner",
     "summarize": "inspection",
@@ -47,6 +51,8 @@ __all__ = [
     "METHODS",
     "BenchConfig",
     "BenchResult",
+    "CompareConfig",
+    "ComparisonResult",
     "Estimator",
     "EvaluateConfig",
     "EvaluationResult",
@@ -58,6 +64,7 @@ __all__ = [
     "PruningPlan",
     "apply_plan",
     "bench_kernels",
+    "compare",
     "evaluate",
     "prune",
     "summarize",

@@ -22,6 +22,7 @@ from adapt_pruner.assets import AssetError, resolve_model
 from adapt_pruner.config import (
     ApplyConfig,
     BenchConfig,
+    CompareConfig,
     EvaluateConfig,
     InspectConfig,
     MissingSetting,
@@ -44,6 +45,7 @@ _COMMANDS: dict[str, tuple[type | None, tuple[str, ...], str]] = {
     "prune": (PruneConfig, ("model",), "prune a model to a parameter budget"),
     "apply": (ApplyConfig, ("plan", "model"), "replay a saved plan on a checkpoint"),
     "evaluate": (EvaluateConfig, ("model",), "perplexity and multiple-choice accuracy"),
+    "compare": (CompareConfig, ("models",), "models by several methods at several sizes, in one table"),
     "inspect": (InspectConfig, ("model",), "widths, parameters, FLOPs and KV cache, layer by layer"),
     "bench": (BenchConfig, ("suite",), "time of the kernels beside plain PyTorch and the memory's limits"),
     "methods": (None, (), "methods and estimators of prune, one line and the source each"),
@@ -237,6 +239,14 @@ def _evaluate(arguments: Namespace) -> Shown:
     return result.to_dict(), lambda console: show.show_evaluated(console, result)
 
 
+def _compare(arguments: Namespace) -> Shown:
+    from adapt_pruner.comparison import compare
+
+    _quieten_transformers()
+    result = compare(_config(CompareConfig, arguments))
+    return result.to_dict(), lambda console: show.show_compared(console, result), int(result.incomplete)
+
+
 def _inspect(arguments: Namespace) -> Shown:
     from adapt_pruner.inspection import inspect_model, limits_of_run, ratios
 
@@ -298,6 +308,7 @@ _RUN: dict[str, Callable[[Namespace], Shown]] = {
     "prune": _prune,
     "apply": _apply,
     "evaluate": _evaluate,
+    "compare": _compare,
     "inspect": _inspect,
     "bench": _bench,
     "methods": _methods,

@@ -270,6 +270,8 @@ class EvaluateConfig:
         tasks: multiple-choice benchmarks, separated by commas; "commonsense" stands for the seven
             commonsense tasks.
         limit: items per task, from its start.
+        questions: "even" or "odd": every other item of each task alone, so that one half can choose settings
+            and the other half report.
         batch_size: sequences per forward pass.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: dtype to evaluate in; "auto" keeps that of the checkpoint.
@@ -286,6 +288,7 @@ class EvaluateConfig:
     prefix_bos: bool | None = None
     tasks: str = ""
     limit: int | None = None
+    questions: Literal["all", "even", "odd"] = "all"
     batch_size: int = 8
     device: str = "auto"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -299,6 +302,109 @@ class EvaluateConfig:
             _require(name, value, f"at least {least}, or not given", value is None or value >= least)
         _require("stride", self.stride, "at most the context", (self.stride or 1) <= self.context)
         _require_choices(self)
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Settings of `compare`.
+
+    Args:
+        models: directories of models, built-in names or names on the hub, separated by commas.
+        output: directory to create: a JSON file per row, results.csv, results.md and results.png.
+        methods: methods of `prune`, separated by commas; the model before pruning is always the first row.
+        targets: fractions of the parameters to keep, separated by commas.
+        target_of: what they refer to: all parameters, or those outside embedding and head.
+        baseline: method that the mean accuracy of the others is compared with, question by question;
+            adapt-pruner where it is compared, else the first one, if not given.
+        iterations: pruning rounds that would remove everything; each method's own if not given.
+        calibration: calibration text of all methods, as for `prune`.
+        calibration_column: text column of the file or data set; "text" if not given.
+        num_sequences: calibration sequences drawn anew for each iteration.
+        sequence_length: tokens of each sequence, a BOS included.
+        micro_batch_size: sequences per forward and backward pass while pruning.
+        pack: join calibration documents instead of drawing from long enough ones.
+        seed: of the calibration draws.
+        data: text for perplexity, as for `evaluate`; "none" leaves perplexity out.
+        column: text column of the file or data set; "text" if not given.
+        split: split of the data set.
+        context: tokens per window.
+        stride: tokens from one window to the next. Windows do not overlap if it is not given.
+        max_tokens: use only the first tokens of the text.
+        tasks: multiple-choice benchmarks, separated by commas; "commonsense" stands for the seven
+            commonsense tasks. Empty for none.
+        limit: items per task, from its start.
+        questions: "even" or "odd": every other item of each task alone, so that one half can choose settings
+            and the other half report.
+        batch_size: sequences per forward pass of the evaluation.
+        latency_batch: sequences of the forward pass that tokens per second are measured with.
+        latency_tokens: tokens of each.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: dtype to prune and evaluate in; "auto" keeps that of the checkpoint.
+        backend: kernels to use.
+        keep_models: keep the pruned models once they are evaluated.
+        dry_run: show the rows and how long they will take, from a measurement of seconds; write nothing.
+        resume: go on with the comparison in the output directory: rows that are done stay. Models, methods,
+            targets and tasks may be others than before; what they add is added.
+    """
+
+    models: str
+    output: str = ""
+    methods: str = "adapt-pruner,adapt-pruner+,llm-pruner,flap,slicegpt"
+    targets: float | str = "0.8"
+    target_of: Literal["all", "non-embedding"] = "non-embedding"
+    baseline: str | None = None
+    iterations: int | None = None
+    calibration: str = "default"
+    calibration_column: str | None = None
+    num_sequences: int = 512
+    sequence_length: int = 64
+    micro_batch_size: int = 16
+    pack: bool = False
+    seed: int = 0
+    data: str = "default"
+    column: str | None = None
+    split: str = "train"
+    context: int = 1024
+    stride: int | None = None
+    max_tokens: int | None = None
+    tasks: str = "commonsense"
+    limit: int | None = None
+    questions: Literal["all", "even", "odd"] = "all"
+    batch_size: int = 8
+    latency_batch: int = 1
+    latency_tokens: int = 128
+    device: str = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = "auto"
+    keep_models: bool = False
+    dry_run: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.output and not self.dry_run:
+            raise MissingSetting("output is missing: expected the directory to create")
+        for name in ("latency_batch", "latency_tokens"):
+            _require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
+        for name in ("models", "methods"):
+            _require(name, getattr(self, name), "at least one name", bool(split_names(getattr(self, name))))
+        self.fractions()
+        _require_choices(self)
+
+    def fractions(self) -> tuple[float, ...]:
+        """The targets as numbers.
+
+        Raises:
+            ValueError: one is no fraction within 0 and 1, or there is none.
+        """
+        given = [parse_target(part) for part in split_names(str(self.targets))]
+        fits = bool(given) and all(isinstance(value, float) and value < 1 for value in given)
+        _require("targets", self.targets, "fractions between 0 and 1, separated by commas", fits)
+        return tuple(dict.fromkeys(given))
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """What stands between the commas, each once."""
+    return tuple(dict.fromkeys(filter(None, (part.strip() for part in text.split(",")))))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,9 @@ class RunDirectory:
     `state/tensors-NNN.safetensors` belongs to iteration NNN of `state/progress.json`, and no other is read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, free_to_change: Collection[str] = _FREE_TO_CHANGE) -> None:
         self.path = path
+        self._free_to_change = free_to_change
         self.model = path / "model"
         self.plan = path / "plan.json"
         self.metrics = path / "metrics.json"
@@ -41,17 +42,25 @@ class RunDirectory:
         self._lock: int | None = None
 
     @classmethod
-    def open(cls, path: str | Path, config: Any, *, resume: bool) -> RunDirectory:
+    def open(
+        cls,
+        path: str | Path,
+        config: Any,
+        *,
+        resume: bool,
+        free_to_change: Collection[str] = _FREE_TO_CHANGE,
+    ) -> RunDirectory:
         """Creates a run directory, or opens an unfinished one.
 
         Args:
             config: a frozen dataclass; on resume it must equal the saved one.
+            free_to_change: but for these settings.
         Raises:
             FileExistsError: the directory is not empty and `resume` is not set.
             ValueError: `resume` with other settings, or a directory that is no run.
             BlockingIOError: another process is writing to it.
         """
-        run = cls(Path(path))
+        run = cls(Path(path), free_to_change=free_to_change)
         run.check(config, resume=resume)
         run.path.mkdir(parents=True, exist_ok=True)
         run._acquire()
@@ -91,7 +100,7 @@ class RunDirectory:
             # A setting that the run does not know is younger than the run, which had its default.
             default = None if field.default is dataclasses.MISSING else field.default
             before = saved.get(key, default)
-            if key not in _FREE_TO_CHANGE and before != value:
+            if key not in self._free_to_change and before != value:
                 raise ValueError(
                     f"cannot resume {self.path}: {key} is {value!r}, the run was started with {before!r}"
                 )

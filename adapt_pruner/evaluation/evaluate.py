@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapt_pruner.assets import resolve_model
 from adapt_pruner.checkpoint import open_checkpoint, write_json
@@ -15,6 +15,9 @@ from adapt_pruner.engines.in_memory import load_model
 from adapt_pruner.evaluation.multiple_choice import MultipleChoiceResult, evaluate_multiple_choice
 from adapt_pruner.evaluation.perplexity import PerplexityResult, evaluate_perplexity
 from adapt_pruner.evaluation.tasks import COMMONSENSE_TASKS, TASKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,24 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
     model = load_model(checkpoint, device=config.device, dtype=config.dtype)
+    perplexity, multiple_choice = evaluate_model(config, model, tokenizer)
+    result = EvaluationResult(
+        config.model,
+        checkpoint.num_parameters,
+        None if config.data == "none" else config.data,
+        perplexity,
+        multiple_choice,
+        round(time.perf_counter() - started, 3),
+    )
+    if config.output:
+        write_json(Path(config.output), result.to_dict())
+    return result
+
+
+def evaluate_model(
+    config: EvaluateConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PerplexityResult | None, MultipleChoiceResult | None]:
+    """What `evaluate` measures, of a model that is loaded."""
     perplexity = None
     if config.data != "none":
         perplexity = evaluate_perplexity(
@@ -68,21 +89,17 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
             prefix_bos=config.prefix_bos,
         )
     multiple_choice = None
+    tasks = task_names(config.tasks)
     if tasks:
         multiple_choice = evaluate_multiple_choice(
-            model, tokenizer, tasks, limit=config.limit, batch_size=config.batch_size
+            model,
+            tokenizer,
+            tasks,
+            limit=config.limit,
+            questions=config.questions,
+            batch_size=config.batch_size,
         )
-    result = EvaluationResult(
-        config.model,
-        checkpoint.num_parameters,
-        None if config.data == "none" else config.data,
-        perplexity,
-        multiple_choice,
-        round(time.perf_counter() - started, 3),
-    )
-    if config.output:
-        write_json(Path(config.output), result.to_dict())
-    return result
+    return perplexity, multiple_choice
 
 
 def task_names(tasks: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -17,6 +17,9 @@ from adapt_pruner.evaluation.tasks import COMMONSENSE_TASKS, TASKS, Item, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Questions = Literal["all", "even", "odd"]
+_HALVES: dict[Questions, slice] = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class MultipleChoiceResult:
         mean_accuracy_norm: the same with the normalised accuracy of the tasks that have one.
         mean_accuracy_norm_stderr: standard error of it.
         limit: only so many first questions of each task were asked; None for all.
+        questions: "even" or "odd" where only every other one of them was asked.
     """
 
     tasks: tuple[TaskResult, ...]
@@ -66,6 +70,7 @@ class MultipleChoiceResult:
     mean_accuracy_norm: float
     mean_accuracy_norm_stderr: float | None
     limit: int | None
+    questions: Questions = "all"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dictionary of plain values, for JSON."""
@@ -91,6 +96,7 @@ def evaluate_multiple_choice(
     tasks: Sequence[str] = COMMONSENSE_TASKS,
     *,
     limit: int | None = None,
+    questions: Questions = "all",
     batch_size: int = 16,
 ) -> MultipleChoiceResult:
     """Accuracy of a model on multiple-choice benchmarks with 0 shots.
@@ -102,6 +108,7 @@ def evaluate_multiple_choice(
         tokenizer: of the model. It adds the special tokens it adds by default, as in lm-eval.
         tasks: keys of `TASKS`; by default the seven commonsense tasks.
         limit: ask only the first so many questions of each task, the same for every model.
+        questions: "even" or "odd": ask every other question alone, the first so many of those.
         batch_size: sequences at a time; does not change the result.
     Raises:
         ValueError: a task is unknown, an argument is out of range, or the tokenizer does not belong to the
@@ -115,16 +122,32 @@ def evaluate_multiple_choice(
         raise ValueError(f"limit is {limit}; expected at least 1")
     results = []
     for name in tasks:
-        task = TASKS[name]
-        items = [task.item(row) for row in load_benchmark(name)[:limit]]
-        results.append(_result(task, items, score_items(model, tokenizer, items, batch_size=batch_size)))
+        items = load_items(name, limit=limit, questions=questions)
+        results.append(
+            _result(TASKS[name], items, score_items(model, tokenizer, items, batch_size=batch_size))
+        )
     normalised = [(r.accuracy, r.accuracy_stderr) for r in results]
     for i, result in enumerate(results):
         if result.accuracy_norm is not None:
             normalised[i] = (result.accuracy_norm, result.accuracy_norm_stderr)
-    mean, stderr = _mean([(result.accuracy, result.accuracy_stderr) for result in results])
-    mean_norm, stderr_norm = _mean(normalised)
-    return MultipleChoiceResult(tuple(results), mean, stderr, mean_norm, stderr_norm, limit)
+    mean, stderr = mean_of_tasks([(result.accuracy, result.accuracy_stderr) for result in results])
+    mean_norm, stderr_norm = mean_of_tasks(normalised)
+    return MultipleChoiceResult(tuple(results), mean, stderr, mean_norm, stderr_norm, limit, questions)
+
+
+def load_items(name: str, *, limit: int | None = None, questions: Questions = "all") -> list[Item]:
+    """The questions of a task that `evaluate_multiple_choice` asks.
+
+    Raises:
+        ValueError: there are none, or `questions` is not one of the choices.
+        AssetError: they could not be fetched.
+    """
+    if questions not in _HALVES:
+        raise ValueError(f"questions is {questions!r}; expected one of {', '.join(_HALVES)}")
+    rows = load_benchmark(name)[_HALVES[questions]][:limit]
+    if not rows:
+        raise ValueError(f"{name} has no {questions} questions")
+    return [TASKS[name].item(row) for row in rows]
 
 
 def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, float]:
@@ -280,7 +303,12 @@ def _accuracy(correct: Sequence[bool]) -> tuple[float, float | None]:
     return share, math.sqrt(share * (1 - share) / (len(correct) - 1))
 
 
-def _mean(values: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
+def mean_of_tasks(values: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
+    """Mean of values of several tasks, each with the same weight, and its standard error.
+
+    Args:
+        values: of each task, the tasks being independent, and its standard error; None where that is unknown.
+    """
     mean = sum(value for value, _ in values) / len(values)
     errors = [error for _, error in values if error is not None]
     if len(errors) < len(values):

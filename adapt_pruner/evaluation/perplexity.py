@@ -196,12 +196,7 @@ def evaluate_perplexity(
     """
     check_vocabulary(tokenizer, model.config.get_text_config().vocab_size)
     prefix = prefix_token(tokenizer, prefix_bos)
-    path = Path(source).expanduser()
-    if part is None and path.suffix == ".txt" and path.is_file() and path.stat().st_size:
-        text = read_text(path)
-    else:
-        text = "\n\n".join(load_documents(source, part=part, column=column, split=split))
-    ids = tokenize([text], tokenizer).tokens[: _checked(max_tokens)]
+    ids = text_tokens(tokenizer, source, part, column=column, split=split)[: _checked(max_tokens)]
     seen: Any = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     return perplexity(
         model,
@@ -212,3 +207,20 @@ def evaluate_perplexity(
         prefix_token_id=prefix,
         num_bytes=len(seen.encode("utf-8")),
     )
+
+
+def text_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    part: str | None = None,
+    *,
+    column: str | None = None,
+    split: str = "train",
+) -> np.ndarray:
+    """The stream that `evaluate_perplexity` reads, [total] int32, without any prefix token."""
+    path = Path(source).expanduser()
+    if part is None and path.suffix == ".txt" and path.is_file() and path.stat().st_size:
+        text = read_text(path)
+    else:
+        text = "\n\n".join(load_documents(source, part=part, column=column, split=split))
+    return tokenize([text], tokenizer).tokens

@@ -14,6 +14,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from adapt_pruner.bench import BenchResult, Comparison
+    from adapt_pruner.comparison import ComparisonResult
     from adapt_pruner.evaluation.evaluate import EvaluationResult
     from adapt_pruner.inspection import LayerSummary, ModelSummary
     from adapt_pruner.pruner import IterationReport
@@ -155,6 +156,47 @@ def show_evaluated(console: Console, result: EvaluationResult) -> None:
             "",
         )
         console.print(table)
+
+
+def show_compared(console: Console, result: ComparisonResult) -> None:
+    if result.output is None:
+        _show_estimates(console, result)
+        return
+    for model in dict.fromkeys(line["model"] for line in result.rows):
+        table = Table(title=f"{escape(model)} (kept: of the parameters outside embedding and head)")
+        table.add_column("method", no_wrap=True)
+        for column in ("target", "kept", "perplexity", "mean accuracy", "difference"):
+            table.add_column(column)
+        for line in (line for line in result.rows if line["model"] == model):
+            kept, perplexity = line["non_embedding_kept"], line["perplexity"]
+            table.add_row(
+                line["method"],
+                _target(line["target"]),
+                "-" if kept is None else f"{kept:.2%}",
+                "-" if perplexity is None else f"{perplexity:.2f}",
+                _with_error(line.get("mean"), line.get("mean_stderr")),
+                _with_error(line.get("mean_difference"), line.get("mean_difference_stderr")),
+            )
+        console.print(table)
+    for line in (line for line in result.rows if line["failure"]):
+        what = f"{line['model']} {line['method']} {_target(line['target'])}"
+        console.print(f"{what} failed, {line['failure']}", markup=False)
+    console.print(f"{result.output / 'results.md'} has all of it", markup=False)
+
+
+def _show_estimates(console: Console, result: ComparisonResult) -> None:
+    for model in dict.fromkeys(e.model for e in result.estimates):
+        table = Table("minutes", "target", "pruning", "evaluation", "loading", "all", title=escape(model))
+        for e in (e for e in result.estimates if e.model == model):
+            minutes = (e.pruning, e.evaluation, e.loading, e.minutes)
+            table.add_row(e.method, _target(e.target), *(f"{m:.1f}" for m in minutes))
+        console.print(table)
+    total = sum(e.minutes for e in result.estimates)
+    console.print(f"about {total:.0f} minutes, by rates measured here just now")
+
+
+def _target(target: float | None) -> str:
+    return "" if target is None else f"{target:g}"
 
 
 def _with_error(value: float | None, error: float | None) -> str:

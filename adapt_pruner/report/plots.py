@@ -44,3 +44,65 @@ def plot_run(records: Sequence[dict[str, Any]], path: Path, *, initial: Sequence
     importance.set_ylabel("layer importance\n(normalised)")
     importance.set_xlabel("decoder layer")
     figure.savefig(path, dpi=120)
+
+
+def plot_comparison(lines: Sequence[dict[str, Any]], path: Path, *, share: str) -> bool:
+    """Perplexity and mean accuracy over the share that is kept, a row of panels for each model.
+
+    Args:
+        lines: of the table of a comparison.
+        path: PNG file to write.
+        share: column of the share that is kept.
+    Returns:
+        whether there was anything to plot.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+
+    panels = [
+        (column, title)
+        for column, title in (("perplexity", "perplexity"), ("mean", "mean accuracy"))
+        if any(line.get(column) is not None for line in lines)
+    ]
+    models = list(dict.fromkeys(line["model"] for line in lines))
+    if not panels:
+        path.unlink(missing_ok=True)
+        return False
+    figure = Figure(figsize=(5 * len(panels), 3.6 * len(models) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(models), len(panels), squeeze=False)
+    methods = list(dict.fromkeys(line["method"] for line in lines if line["target"] is not None))
+    handles = {}
+    for i, model in enumerate(models):
+        for j, (column, title) in enumerate(panels):
+            axis = axes[i][j]
+            measured = [line for line in lines if line["model"] == model and line.get(column) is not None]
+            for line in measured:
+                if line["target"] is None:
+                    handles["dense"] = axis.axhline(line[column], color="black", ls="--", lw=1)
+            for number, method in enumerate(methods):
+                points = sorted((p for p in measured if p["method"] == method), key=lambda p: p[share])
+                if points:
+                    errors = [p.get(f"{column}_stderr") or 0.0 for p in points]
+                    handles[method] = axis.errorbar(
+                        [p[share] for p in points],
+                        [p[column] for p in points],
+                        errors if any(errors) else None,
+                        fmt="o-",
+                        ms=4,
+                        capsize=2,
+                        color=f"C{number}",
+                    )
+            axis.set_title(model, fontsize=9)
+            axis.set_xlabel(f"{share.removesuffix('_kept').replace('_', '-')} parameters kept")
+            axis.set_ylabel(title)
+            if column == "perplexity" and measured:
+                axis.set_yscale("log")
+                axis.yaxis.set_major_formatter(LogFormatter())
+                axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False)
+    temporary = path.with_name(f".{path.name}.partial")
+    figure.savefig(temporary, dpi=110, format="png")
+    temporary.replace(path)
+    return True

@@ -15,7 +15,14 @@ import yaml
 
 from adapt_pruner import cli
 from adapt_pruner.checkpoint import config_hash, open_checkpoint
-from adapt_pruner.config import ApplyConfig, BenchConfig, EvaluateConfig, InspectConfig, PruneConfig
+from adapt_pruner.config import (
+    ApplyConfig,
+    BenchConfig,
+    CompareConfig,
+    EvaluateConfig,
+    InspectConfig,
+    PruneConfig,
+)
 from adapt_pruner.methods import resolve
 from adapt_pruner.plan import PruningPlan
 
@@ -374,6 +381,7 @@ def test_warnings_are_one_line_on_stderr(command, monkeypatch, tiny_models):
         ("prune", PruneConfig),
         ("apply", ApplyConfig),
         ("evaluate", EvaluateConfig),
+        ("compare", CompareConfig),
         ("inspect", InspectConfig),
         ("bench", BenchConfig),
         ("methods", None),
@@ -386,7 +394,7 @@ def test_help_mentions_every_setting(command, name, config):
     status, out, _ = command(name, "--help")
     assert status == 0
     for field in dataclasses.fields(config) if config else ():
-        positional = field.name in ("model", "plan", "suite")
+        positional = field.name in (("models",) if name == "compare" else ("model", "plan", "suite"))
         wanted = field.name if positional else "--" + field.name.replace("_", "-")
         assert re.search(rf"(?<![\w-]){wanted}(?![\w-])", out), wanted
     assert "--json" in out
@@ -396,7 +404,7 @@ def test_help_mentions_every_setting(command, name, config):
 def test_help_describes_commands_and_settings(command):
     status, out, _ = command("--help")
     assert status == 0
-    for name in ("prune", "apply", "evaluate", "inspect", "bench", "methods", "families", "doctor", "demo"):
+    for name in cli._COMMANDS:
         assert re.search(rf"^\s+{name}\s+\w+", out, re.MULTILINE), name
     text = " ".join(command("prune", "--help")[1].split())
     assert "prune a model to a parameter budget" in text

@@ -485,6 +485,25 @@ def test_accuracies(
     assert json.loads(json.dumps(result.to_dict()))["tasks"][0]["correct"] == [True, False, False, False]
 
 
+def test_halves_of_the_questions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"goal": "g", "sol1": f"{'abcdefg'[i]}", "sol2": "xyz", "label": i % 3 % 2} for i in range(7)]
+    monkeypatch.setattr(multiple_choice, "load_benchmark", lambda name: rows)
+    every, even, odd = (
+        evaluate_multiple_choice(model, tokenizer, ["piqa"], questions=questions).tasks[0].correct
+        for questions in ("all", "even", "odd")
+    )
+    assert (even, odd) == (every[0::2], every[1::2])
+    result = evaluate_multiple_choice(model, tokenizer, ["piqa"], questions="odd", limit=2)
+    assert (result.tasks[0].correct, result.questions, result.limit) == (odd[:2], "odd", 2)
+    monkeypatch.setattr(multiple_choice, "load_benchmark", lambda name: rows[:1])
+    with pytest.raises(ValueError, match="piqa has no odd questions"):
+        evaluate_multiple_choice(model, tokenizer, ["piqa"], questions="odd")
+    with pytest.raises(ValueError, match="questions is 'prime'; expected one of all, even, odd"):
+        evaluate_multiple_choice(model, tokenizer, ["piqa"], questions="prime")  # type: ignore[arg-type]
+
+
 def test_evaluation_end_to_end(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
