@@ -105,7 +105,7 @@ METHODS: tuple[Method, ...] = (
         allocation="global",
         iterations=15,
         granularity="query_head",
-        attention_rate=0.25,
+        attention_rate=1 / 3,
         compensation="least_squares",
         carry_over=1.0,
     ),
