@@ -47,7 +47,14 @@ def demo(output: str, *, on_iteration: OnIteration | None = None) -> DemoResult:
 
     A demo that was interrupted goes on where it was; one that is complete only evaluates again.
     """
-    config = PruneConfig(MODEL, 0.8, output, num_sequences=NUM_SEQUENCES, resume=Path(output).exists())
+    config = PruneConfig(
+        MODEL,
+        0.8,
+        output,
+        method="adapt-pruner+",
+        num_sequences=NUM_SEQUENCES,
+        resume=Path(output).exists(),
+    )
     run = prune(config, on_iteration=on_iteration)
     before, after = (
         evaluate(EvaluateConfig(model, context=CONTEXT, max_tokens=EVALUATION_TOKENS))
