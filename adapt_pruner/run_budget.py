@@ -20,8 +20,13 @@ def header_budget(checkpoint: Checkpoint, family: Family) -> tuple[UnitBudget, i
     counts = removal_counts(family, widths)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     costs = unit_costs(family, widths, shapes)
-    embeddings = sum(checkpoint.tensors[n].numel for n in family.embeddings if n in checkpoint.tensors)
-    return UnitBudget(counts, counts, costs, checkpoint.num_parameters), embeddings
+    budget = UnitBudget(counts, counts, costs, checkpoint.num_parameters)
+    return budget, embedding_parameters(checkpoint, family)
+
+
+def embedding_parameters(checkpoint: Checkpoint, family: Family) -> int:
+    """Parameters in embedding and head; a tied head counts once."""
+    return sum(checkpoint.tensors[n].numel for n in family.embeddings if n in checkpoint.tensors)
 
 
 def restricted(config: PruneConfig, budget: UnitBudget, resources: tuple[Resource, ...] = ()) -> UnitBudget:

@@ -26,6 +26,7 @@ from adapt_pruner.families import find_family
 from adapt_pruner.methods import Method, resolve_dimensions
 from adapt_pruner.pruner import IterationReport, OnIteration, PruneResult
 from adapt_pruner.run import RunDirectory
+from adapt_pruner.run_budget import embedding_parameters
 from adapt_pruner.slicegpt import SliceBudget, SlicedModel, require_sliceable, slice_model
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def prune_dimensions(
     require_sliceable(str(checkpoint.config.get("model_type")))
     config = with_prefix(resolve_dimensions(config, method), checkpoint)
     budget = SliceBudget.of(checkpoint.tensors, checkpoint.config["num_hidden_layers"])
-    embeddings = _embeddings(checkpoint)
+    embeddings = embedding_parameters(checkpoint, find_family(checkpoint.config["model_type"]))
     target, widths = _land(config, checkpoint.num_parameters, budget, embeddings)
     run = RunDirectory(Path(config.output))
     run.check(config, resume=config.resume)
@@ -111,11 +112,6 @@ def prune_dimensions(
         return _result(run)
     finally:
         run.close()
-
-
-def _embeddings(checkpoint: Checkpoint) -> int:
-    names = find_family(checkpoint.config["model_type"]).embeddings
-    return sum(checkpoint.tensors[name].numel for name in names if name in checkpoint.tensors)
 
 
 def _land(
