@@ -77,6 +77,7 @@ class Estimator:
         loss: None where no backward pass is needed; else what the loss of a backward pass is the mean over:
             all labels of the calibration batch, those of the micro-batch, or those of a sequence, which then
             goes through alone.
+        drawn_labels: whether that loss is of labels drawn from what the model predicts, not of the text.
         fusible: whether the gradients of weights need not exist (`--gradients fused`).
         biases: whether biases count.
         grams: whether it needs the second moments of inputs, and with a loss those of gradients of outputs.
@@ -90,6 +91,7 @@ class Estimator:
     summary: str
     source: str
     loss: Loss | None = None
+    drawn_labels: bool = False
     fusible: bool = False
     biases: bool = True
     grams: bool = False
@@ -255,9 +257,10 @@ OBS = Estimator(
 OBS_FISHER = Estimator(
     "obs_fisher",
     _obs_fisher,
-    "rise of the loss by that error, from the second moments of gradients of the outputs",
+    "rise of the loss by that error, from the Fisher matrix of the outputs",
     "arXiv 2312.17244 section 3, for whole columns",
     loss="batch",
+    drawn_labels=True,
     grams=True,
 )
 RANDOM = Estimator("random", weights_alone(_random), "uniform random numbers", "baseline of arXiv 2305.11627")

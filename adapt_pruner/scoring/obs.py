@@ -20,7 +20,7 @@ from adapt_pruner.kernels import NonFiniteError
 from adapt_pruner.scoring.gradients import UnitTensors
 from adapt_pruner.scoring.gram import Grams, InputGram, cholesky
 
-DAMPING = 1.0  # on the diagonal of second moments of gradients, as a fraction of its mean
+DAMPING = 0.1  # on the diagonal of second moments of gradients, as a fraction of its mean
 
 
 def obs_importance(

@@ -18,6 +18,7 @@ from adapt_pruner.scoring.estimators import TAYLOR_FIRST, Crediting, Estimator, 
 from adapt_pruner.scoring.gradients import Gradients, Importance, fused_importance, uses_fused
 from adapt_pruner.scoring.gram import Grams, InputGram, InputGrams, InputMeans, Means, kept_columns
 from adapt_pruner.scoring.layers import LayerImportance, Metric
+from adapt_pruner.scoring.losses import drawn_loss, generator_of, text_loss
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def score(
         gradients: whether gradients of weights exist; see `PruneConfig`.
         estimator: how units are scored.
         gqa_credit: which kv_group a query head counts for; see `Crediting`.
-        seed: of random estimators.
+        seed: of random estimators and of labels that are drawn.
         grams, means: collect the second moments, or the means, of inputs, for compensation.
         ridge: of the estimators obs and obs_fisher.
         earlier: scores of earlier batches, of the units there are now, to average with: second moments where
@@ -195,6 +196,7 @@ def score(
     assert isinstance(layers, nn.ModuleList)
     num_labels = batch.shape[0] * (batch.shape[1] - 1)
     loss = torch.zeros((), dtype=torch.float64)
+    generator = generator_of(seed, batch.device)
     # The loss is that of the labels alone: what balances the load of experts is not part of it.
     plain = {"output_router_logits": False} if any(layer.num_experts for layer in widths) else {}
     with (
@@ -207,15 +209,12 @@ def score(
     ):
         for sequences in batch.split(1 if estimator.loss == "sequence" else micro_batch_size):
             # Passing the label count makes the micro-batch losses add up to the mean over the whole batch.
-            # Only the loss is kept of the output: its logits would outlive their use by a backward pass.
             of_loss = 1.0 if estimator.loss in (None, "batch") else sequences.shape[0] / batch.shape[0]
-            part = model(
-                input_ids=sequences,
-                labels=sequences,
-                num_items_in_batch=round(num_labels * of_loss),
-                use_cache=False,
-                **plain,
-            ).loss
+            labels = round(num_labels * of_loss)
+            if estimator.drawn_labels:
+                objective, part = drawn_loss(model, sequences, labels, generator, **plain)
+            else:
+                objective = part = text_loss(model, sequences, labels, **plain)
             loss += of_loss * part.detach().double().cpu()
             if not torch.isfinite(loss):
                 layer_importance.result()  # names the layer, if it is one
@@ -223,7 +222,7 @@ def score(
                     f"the calibration loss is {loss.item()}: weights or activations overflow in {model.dtype}"
                 )
             if estimator.loss is not None:
-                part.backward()
+                objective.backward()
         layer_scores = layer_importance.result()
         if earlier is not None:
             for name, gram in (collected or {}).items():

@@ -12,6 +12,7 @@ from adapt_pruner import kernels
 from adapt_pruner.config import RIDGE
 from adapt_pruner.families import find_family, layer_widths
 from adapt_pruner.scoring import ESTIMATORS, find_estimator, score
+from adapt_pruner.scoring.losses import generator_of
 from adapt_pruner.scoring.obs import DAMPING
 
 HEAD_DIM, KV, HEADS = SHAPE["head_dim"], SHAPE["num_key_value_heads"], SHAPE["num_attention_heads"]
@@ -132,13 +133,18 @@ def obs(model, attention=HEADS // KV * HEAD_DIM, metric=lambda w: torch.eye(w.sh
 
 
 def obs_fisher(model):
-    """obs in the metric of half the sum over tokens of g g^T, g the gradient of the mean loss by outputs."""
+    """obs in the metric of half the sum over tokens of g g^T, g the gradient of the mean loss by outputs.
+
+    That loss is of labels drawn from the predictions of the model in fp32.
+    """
     outputs = {}
     for layer in model.model.layers:
         for linear in (layer.get_submodule(name) for name in COLUMNS):
             linear.register_forward_hook(lambda module, args, output: outputs.update({module.weight: output}))
     logits = model(input_ids=BATCH, use_cache=False).logits[:, :-1]
-    loss = functional.cross_entropy(logits.reshape(-1, VOCABULARY), BATCH[:, 1:].reshape(-1))
+    generator = generator_of((0,), BATCH.device)
+    labels = [torch.multinomial(each.float().softmax(-1), 1, generator=generator) for each in logits]
+    loss = functional.cross_entropy(logits.reshape(-1, VOCABULARY), torch.cat(labels).ravel())
     by_outputs = torch.autograd.grad(loss, list(outputs.values()))
     metrics = {}
     for weight, g in zip(list(outputs), by_outputs, strict=True):
