@@ -24,8 +24,8 @@ accuracy minus that of {baseline}, on the same questions, with the standard erro
 two standard errors. Pruning seconds are those of the rounds, without loading and saving; the peak is the
 memory of the process that pruned (on a GPU what was allocated there). Calibration tokens are those that all
 rounds have read: rounds x sequences x tokens of each. Tokens per second are those of a forward pass of
-{batch} x {tokens} tokens, before and after, the two models taking turns. A target is a share of {share}; rows
-that miss theirs by more than {off:.1%} of it are noted.
+{batch} x {tokens} tokens, before and after, the two models taking turns.
+A target is a share of {share}; rows that miss theirs by more than {off:.1%} of it are noted.
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,9 +166,11 @@ def _logarithmic(axis: Axes) -> None:
 
 
 def _save(figure: Figure, handles: dict[str, Any], path: Path) -> None:
-    """Writes a figure with its legend, as many columns as the longest name leaves room for."""
+    """Writes a figure with its legend, in as many columns as the longest name leaves room for."""
     longest = 0.7 + 0.085 * max(map(len, handles))  # inches
     columns = max(1, min(4, int(figure.get_figwidth() / longest)))
+    height = 0.22 * (math.ceil(len(handles) / columns) - 1)  # of the lines beyond the first
+    figure.set_figheight(figure.get_figheight() + height)
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False
     )

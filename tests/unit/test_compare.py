@@ -665,8 +665,9 @@ def test_rounds_of_a_dry_run(settings, tiny_models, method, family, target):
 def test_a_dry_run_of_variants(settings):
     """Rates are made up, so that minutes can be told: 1 token in a pass without gradients takes a minute."""
     changed = "num_sequences=8:sequence_length=4:iterations=5"
-    methods = f"adapt-pruner:{changed},wanda-sp:num_sequences=8:sequence_length=4,adapt-pruner:allocation=search:{changed}"
-    config = settings(methods=methods, targets="0.6", tasks="")
+    methods = [f"adapt-pruner:{changed}", "wanda-sp:num_sequences=8:sequence_length=4"]
+    methods.append(f"adapt-pruner:allocation=search:{changed}")
+    config = settings(methods=",".join(methods), targets="0.6", tasks="")
     rows = list(run.requested_rows(config).values())
     rates = estimate._Rates(0.0, 1 / 60, 1 / 60, 1 / 120, {rows[1].method: 60.0})
     work = estimate.Workload(0, {})
