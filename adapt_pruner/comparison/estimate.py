@@ -113,13 +113,10 @@ def _estimate(row: Row, work: Workload, rates: _Rates) -> Estimate:
     pruning = 0.0
     if row.prune is not None:
         config, estimator = _resolved(row)
-        tokens = config.num_sequences * config.sequence_length
-        searched = 0
+        seconds = config.num_sequences * config.sequence_length / rates.passes(estimator)
         if config.allocation == "search":
-            searched = (
-                config.search_evaluations * min(SEARCHED, config.num_sequences) * config.sequence_length
-            )
-        seconds = tokens / rates.passes(estimator) + searched / rates.predicting
+            sequences = config.search_evaluations * min(SEARCHED, config.num_sequences)
+            seconds += sequences * config.sequence_length / rates.predicting
         pruning = _rounds(row) * (seconds + rates.beside.get(row.method, 0.0))
     models = 1 if row.prune is None else 2
     text = work.text if row.evaluate["data"] != "none" else 0
@@ -175,13 +172,11 @@ def _rounds(row: Row) -> int:
 
 def _left(budget: UnitBudget, layer: Mapping[str, int], sparsity: float) -> dict[str, int]:
     """Units that a layer has left at a sparsity."""
-    lost = {kind: min(1.0, sparsity * budget.rate(kind)) for kind in layer}
-    return {
-        kind: max(
-            1, int(n * (1 - lost[kind])) if kind == FINE_UNIT else n - math.floor(n * lost[kind] + 1e-9)
-        )
-        for kind, n in layer.items()
-    }
+    left = {}
+    for kind, n in layer.items():
+        lost = min(1.0, sparsity * budget.rate(kind))
+        left[kind] = max(1, int(n * (1 - lost)) if kind == FINE_UNIT else n - math.floor(n * lost + 1e-9))
+    return left
 
 
 def _measure(rows: Sequence[Row]) -> _Rates:

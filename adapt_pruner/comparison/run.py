@@ -159,11 +159,10 @@ def _record_call(config: CompareConfig, output: Path, names: list[str]) -> None:
     settings = dataclasses.asdict(config)
     models = shown_models(split_names(config.models), before.get("models", {}))
     call = _command(config, models)
-    without_page = _command(
-        dataclasses.replace(config, page=None), models
-    )  # did nothing that this one does not
+    # The same call without a page did nothing that this one does not.
+    lesser = _command(dataclasses.replace(config, page=None), models) if config.page else None
     info = {
-        "calls": list(dict.fromkeys([*(c for c in before["calls"] if c != without_page), call])),
+        "calls": list(dict.fromkeys([*(c for c in before["calls"] if c != lesser), call])),
         "rows": list(dict.fromkeys([*before["rows"], *names])),
         "models": models,
         "baseline": default_baseline(config),

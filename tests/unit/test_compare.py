@@ -465,6 +465,8 @@ def test_a_finished_comparison_only_rewrites_the_page(settings, tmp_path, monkey
     monkeypatch.delattr(run, "_check_inputs")
     compare(dataclasses.replace(config, resume=True))
     assert [file.read_bytes() for file in files] == before
+    compare(dataclasses.replace(config, resume=True, page=str(tmp_path / "page.md")))
+    assert (tmp_path / "page.md").read_text().count("adapt-pruner compare") == 1  # the call with the page
 
 
 def test_methods_and_tasks_can_be_added(settings, tmp_path):
