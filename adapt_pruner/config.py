@@ -312,10 +312,13 @@ class CompareConfig:
         models: directories of models, built-in names or names on the hub, separated by commas.
         output: directory to create: a JSON file per row, results.csv, results.md and results.png.
         methods: methods of `prune`, separated by commas; the model before pruning is always the first row.
+            With NAME:KEY=VALUE:KEY=VALUE a method has settings of `prune` for its own rows, such as
+            adapt-pruner+:compensation=none:num-sequences=16; a list has slashes for commas.
         targets: fractions of the parameters to keep, separated by commas.
         target_of: what they refer to: all parameters, or those outside embedding and head.
         baseline: method that the mean accuracy of the others is compared with, question by question;
             adapt-pruner where it is compared, else the first one, if not given.
+        page: .md file to write the page to as well, once the last row is done, its .csv and .png beside it.
         iterations: pruning rounds that would remove everything; each method's own if not given.
         calibration: calibration text of all methods, as for `prune`.
         calibration_column: text column of the file or data set; "text" if not given.
@@ -353,6 +356,7 @@ class CompareConfig:
     targets: float | str = "0.8"
     target_of: Literal["all", "non-embedding"] = "non-embedding"
     baseline: str | None = None
+    page: str | None = None
     iterations: int | None = None
     calibration: str = "default"
     calibration_column: str | None = None
@@ -387,6 +391,8 @@ class CompareConfig:
             _require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
         for name in ("models", "methods"):
             _require(name, getattr(self, name), "at least one name", bool(split_names(getattr(self, name))))
+        page = self.page
+        _require("page", page, "a file that ends in .md", page is None or page.endswith(".md"))
         self.fractions()
         _require_choices(self)
 

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from adapt_pruner.assets import resolve_model
-from adapt_pruner.budget import FINE_UNIT
-from adapt_pruner.checkpoint import open_checkpoint
+from adapt_pruner.budget import FINE_UNIT, UnitBudget
+from adapt_pruner.checkpoint import Checkpoint, open_checkpoint
 from adapt_pruner.comparison.rows import Row
-from adapt_pruner.config import CompareConfig
+from adapt_pruner.config import CompareConfig, PruneConfig
 from adapt_pruner.engines.in_memory import InMemoryEngine
 from adapt_pruner.evaluation.tasks import Item
-from adapt_pruner.families import find_family
+from adapt_pruner.families import find_family, layer_widths
+from adapt_pruner.iteration import SEARCHED
 from adapt_pruner.latency import ROUNDS
-from adapt_pruner.methods import Method, find_method
-from adapt_pruner.run_budget import header_budget
+from adapt_pruner.layer_removal import layer_parameters, removable_parameters
+from adapt_pruner.run_budget import header_budget, restricted
+from adapt_pruner.scoring import Estimator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,10 +94,9 @@ class _Rates:
     scoring: float
     beside: Mapping[str, float]
 
-    def passes(self, method: Method) -> float:
-        """Tokens per second of the passes of a method's calibration."""
-        needs_gradients = method.estimator is not None and method.estimator.loss is not None
-        return self.scoring if needs_gradients and method.removes == "units" else self.predicting
+    def passes(self, estimator: Estimator | None) -> float:
+        """Tokens per second of the passes of a round, which have gradients where the estimator needs them."""
+        return self.scoring if estimator is not None and estimator.loss is not None else self.predicting
 
 
 def estimate(rows: Sequence[Row], workloads: Mapping[str, Workload]) -> tuple[Estimate, ...]:
@@ -111,10 +112,12 @@ def estimate(rows: Sequence[Row], workloads: Mapping[str, Workload]) -> tuple[Es
 def _estimate(row: Row, work: Workload, rates: _Rates) -> Estimate:
     pruning = 0.0
     if row.prune is not None:
-        assert row.target is not None
-        method = find_method(row.method)
-        tokens = row.prune["num_sequences"] * row.prune["sequence_length"]
-        pruning = _rounds(row, method) * (tokens / rates.passes(method) + rates.beside.get(row.method, 0.0))
+        config, estimator = _resolved(row)
+        seconds = config.num_sequences * config.sequence_length / rates.passes(estimator)
+        if config.allocation == "search":
+            sequences = config.search_evaluations * min(SEARCHED, config.num_sequences)
+            seconds += sequences * config.sequence_length / rates.predicting
+        pruning = _rounds(row) * (seconds + rates.beside.get(row.method, 0.0))
     models = 1 if row.prune is None else 2
     text = work.text if row.evaluate["data"] != "none" else 0
     evaluation = text / rates.predicting + sum(work.tasks[name] for name in row.tasks) / rates.reading
@@ -125,34 +128,55 @@ def _estimate(row: Row, work: Workload, rates: _Rates) -> Estimate:
     )
 
 
-def _rounds(row: Row, method: Method) -> int:
+def _checkpoint(row: Row) -> Checkpoint:
+    return open_checkpoint(resolve_model(row.model))
+
+
+def _resolved(row: Row) -> tuple[PruneConfig, Estimator | None]:
+    return row.resolved(len(layer_widths(_checkpoint(row).config)))
+
+
+def _rounds(row: Row) -> int:
     """Rounds until the target is met, all layers losing the same share."""
-    assert row.prune is not None
+    config, estimator = _resolved(row)
+    assert config.iterations is not None  # resolved
     assert row.target is not None
-    if method.one_shot:
+    rounds = config.iterations
+    if rounds == 1:
         return 1
-    rounds: int = row.prune["iterations"] or method.iterations
-    checkpoint = open_checkpoint(resolve_model(row.model))
+    checkpoint = _checkpoint(row)
     family = find_family(checkpoint.config.get("model_type"))
-    granularity = row.prune.get("granularity") or method.granularity
-    budget, embeddings = header_budget(checkpoint, family.with_granularity(granularity, "channel"))
-    base = embeddings if row.prune["target_of"] == "non-embedding" else 0
+    family = family.with_granularity(config.granularity or "kv_group", config.mlp_granularity)
+    budget, embeddings = header_budget(checkpoint, family)
+    budget = restricted(config, budget)
+    base = embeddings if config.target_of == "non-embedding" else 0
     target = int(row.target * (budget.num_parameters - base)) + base
-    if method.allocation in ("global", "threshold"):  # a round takes its part of what can go at all
+    excess = budget.num_parameters - target
+    if estimator is None:  # a round takes its part of what can go, in whole layers
+        sizes = layer_parameters(checkpoint, family)
+        layer = sum(sizes) / len(sizes)
+        part = math.ceil(removable_parameters(sizes, budget.protected) / rounds / layer) * layer
+        return math.ceil(excess / part)
+    if config.allocation in ("global", "threshold"):  # a round takes its part of what can go at all
         part = -(-(budget.num_parameters - budget.floor) // rounds)
-        return -(-(budget.num_parameters - target) // part)
+        return -(-excess // part)
     for number in range(1, rounds):
-        lost = number / rounds
         left = tuple(
-            {
-                kind: max(1, int(n * (1 - lost)) if kind == FINE_UNIT else n - math.floor(n * lost + 1e-9))
-                for kind, n in layer.items()
-            }
-            for layer in budget.initial
+            layer if i in budget.protected else _left(budget, layer, number / rounds)
+            for i, layer in enumerate(budget.initial)
         )
         if budget.parameters(left) <= target:
             return number
     return rounds
+
+
+def _left(budget: UnitBudget, layer: Mapping[str, int], sparsity: float) -> dict[str, int]:
+    """Units that a layer has left at a sparsity."""
+    left = {}
+    for kind, n in layer.items():
+        lost = min(1.0, sparsity * budget.rate(kind))
+        left[kind] = max(1, int(n * (1 - lost)) if kind == FINE_UNIT else n - math.floor(n * lost + 1e-9))
+    return left
 
 
 def _measure(rows: Sequence[Row]) -> _Rates:
@@ -185,23 +209,27 @@ def _measure(rows: Sequence[Row]) -> _Rates:
         speeds.append(tokens.numel() / taken)
     reading, predicting, scoring = speeds
     rates = _Rates(loading, reading, predicting, scoring, {})
-    methods = [find_method(name) for name in dict.fromkeys(row.method for row in rows if row.prune)]
-    beside = {m.name: _beside(m, engine, tokens, tokens.numel() / rates.passes(m)) for m in methods}
+    beside = {}
+    for row in {row.method: row for row in rows if row.prune is not None}.values():
+        config, estimator = _resolved(row)
+        if estimator is not None:
+            passes = tokens.numel() / rates.passes(estimator)
+            beside[row.method] = _beside(config, estimator, engine, tokens, passes)
     return replace(rates, beside=beside)
 
 
-def _beside(method: Method, engine: InMemoryEngine, tokens: Tensor, passes: float) -> float:
-    """Seconds that scores by a method take beyond those of the passes."""
-    if method.removes != "units" or method.estimator is None:
-        return 0.0
+def _beside(
+    config: PruneConfig, estimator: Estimator, engine: InMemoryEngine, tokens: Tensor, passes: float
+) -> float:
+    """Seconds that scores by these settings take beyond those of the passes."""
     began = time.perf_counter()
     try:
         engine.score(
             tokens,
             micro_batch_size=len(tokens),
-            estimator=method.estimator,
-            grams=method.compensation == "least_squares",
-            means=method.compensation == "bias",
+            estimator=estimator,
+            grams=config.compensation == "least_squares",
+            means=config.compensation == "bias",
         )
     except ValueError:  # not for this model, as its row will say
         return 0.0

@@ -1,4 +1,4 @@
-"""results.md, results.csv and results.png, from the JSON files of a comparison and nothing else."""
+"""The page of a comparison, its CSV and its figures, from the JSON files and nothing else."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner.checkpoint import write_text
+from adapt_pruner.comparison.paths import without_paths
 from adapt_pruner.comparison.rows import DENSE, Row
 from adapt_pruner.comparison.table import MEANS, Line, table, tasks_of, to_csv
-from adapt_pruner.report.plots import plot_comparison
+from adapt_pruner.comparison.variants import curve_name
+from adapt_pruner.report.plots import plot_calibration, plot_comparison
+
+_OFF = 0.005  # of its target, beyond which the share that a row keeps is noted
 
 _EXPLAINED = """\
 Perplexity, accuracy and speed are those of the saved models. Accuracy is normalised by length where lm-eval
@@ -18,8 +22,10 @@ does so, with 0 shots; the number behind ± is a standard error. A difference is
 accuracy minus that of {baseline}, on the same questions, with the standard error of the paired differences.
 "Above chance" is the mean over those tasks alone that the dense model does better than guessing, by more than
 two standard errors. Pruning seconds are those of the rounds, without loading and saving; the peak is the
-memory of the process that pruned (on a GPU what was allocated there). Tokens per second are those of a
-forward pass of {batch} x {tokens} tokens, before and after, the two models taking turns.
+memory of the process that pruned (on a GPU what was allocated there). Calibration tokens are those that all
+rounds have read: rounds x sequences x tokens of each. Tokens per second are those of a forward pass of
+{batch} x {tokens} tokens, before and after, the two models taking turns.
+A target is a share of {share}; rows that miss theirs by more than {off:.1%} of it are noted.
 """
 
 
@@ -33,26 +39,55 @@ def read_comparison(output: Path) -> tuple[list[Row], dict[str, Any]]:
     return rows, info
 
 
-def write_page(output: Path) -> None:
-    """Writes the three files anew."""
+def write_page(output: Path, page: Path | None = None) -> None:
+    """Writes results.md and what belongs to it anew, and the same under the name of another page."""
     rows, info = read_comparison(output)
-    lines = table(rows, info)
-    share = "non_embedding_kept" if info["settings"]["target_of"] == "non-embedding" else "parameters_kept"
-    plotted = plot_comparison(lines, output / "results.png", share=share)
-    write_text(output / "results.csv", to_csv(lines))
-    write_text(output / "results.md", _page(rows, lines, info, plotted=plotted))
+    names = info.get("models", {})
+    lines = [
+        {
+            **line,
+            "model": names.get(line["model"], line["model"]),
+            "note": line["note"] and without_paths(line["note"]),
+            "failure": line["failure"] and without_paths(line["failure"]),
+        }
+        for line in table(rows, info)
+    ]
+    for path in filter(None, (output / "results.md", page)):
+        figures = _plot(lines, path, share=_share(info))
+        write_text(path.with_suffix(".csv"), to_csv(lines))
+        write_text(path, _page(rows, lines, info, figures))
 
 
-def _page(rows: Sequence[Row], lines: Sequence[Line], info: Mapping[str, Any], *, plotted: bool) -> str:
+def _share(info: Mapping[str, Any]) -> str:
+    """Column of what the targets are about."""
+    of_all = info["settings"]["target_of"] == "all"
+    return "parameters_kept" if of_all else "non_embedding_kept"
+
+
+def _plot(lines: Sequence[Line], path: Path, *, share: str) -> list[str]:
+    """The figures beside a page, in Markdown."""
+    over_share, over_tokens = path.with_suffix(".png"), path.with_name(f"{path.stem}-calibration.png")
+    figures = []
+    if plot_comparison(lines, over_share, share=share):
+        figures.append(f"![Perplexity and mean accuracy over the share that is kept]({over_share.name})\n")
+    if plot_calibration(lines, over_tokens, curve=curve_name):
+        figures.append(f"![Perplexity over the calibration tokens read in all]({over_tokens.name})\n")
+    return figures
+
+
+def _page(rows: Sequence[Row], lines: Sequence[Line], info: Mapping[str, Any], figures: Sequence[str]) -> str:
     settings = info["settings"]
+    share = "all parameters" if settings["target_of"] == "all" else "the non-embedding parameters"
     explained = _EXPLAINED.format(
-        baseline=info["baseline"], batch=settings["latency_batch"], tokens=settings["latency_tokens"]
+        baseline=info["baseline"],
+        batch=settings["latency_batch"],
+        tokens=settings["latency_tokens"],
+        share=share,
+        off=_OFF,
     )
-    parts = ["# Comparison of pruning methods\n", explained]
-    if plotted:
-        parts.append("![Perplexity and mean accuracy over the share that is kept](results.png)\n")
+    parts = ["# Comparison of pruning methods\n", _summary(rows, lines, share), explained, *figures]
     for model in dict.fromkeys(line["model"] for line in lines):
-        parts += _model(model, [line for line in lines if line["model"] == model], info["baseline"])
+        parts += _model(model, [line for line in lines if line["model"] == model], info)
     parts += ["## How it was made\n", "```sh", *info["calls"], "```\n"]
     parts.append(_table(["setting", "value"], [[f"`{k}`", _plain(v)] for k, v in settings.items()]))
     environments = {
@@ -65,14 +100,35 @@ def _page(rows: Sequence[Row], lines: Sequence[Line], info: Mapping[str, Any], *
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _model(model: str, lines: Sequence[Line], baseline: str) -> list[str]:
+def _summary(rows: Sequence[Row], lines: Sequence[Line], share: str) -> str:
+    """What was measured, and how long it took, in a sentence."""
+    models = ", ".join(dict.fromkeys(line["model"] for line in lines))
+    methods = {row.method for row in rows if row.target is not None}
+    targets = sorted({row.target for row in rows if row.target is not None}, reverse=True)
+    measured = ["Size", "speed"]
+    if any("perplexity" in row.steps for row in rows):
+        measured.append("perplexity")
+    if tasks := {task for row in rows for task in row.tasks}:
+        measured.append(f"accuracy on {len(tasks)} task{'s' * (len(tasks) > 1)}")
+    pruned = ""
+    if methods:
+        ways = f"{len(methods)} method{'s' * (len(methods) > 1)}"
+        pruned = f" and pruned by {ways} to {', '.join(f'{t:g}' for t in targets)} of {share}"
+    minutes = sum(result["wall_seconds"] for row in rows for result in row.results.values()) / 60
+    return (
+        f"{', '.join(measured[:-1])} and {measured[-1]} of {models}, before pruning{pruned}: "
+        f"{len(rows)} rows, whose steps took {minutes:.1f} minutes in all.\n"
+    )
+
+
+def _model(model: str, lines: Sequence[Line], info: Mapping[str, Any]) -> list[str]:
     header = ["method", "target", "parameters", "kept", "non-embedding kept", "perplexity"]
     tasks = tasks_of(lines)
     means = [name for name in MEANS if any(line.get(name) is not None for line in lines)]
     for name in means:
         title = {"mean": "mean accuracy", "mean_above_chance": "above chance"}[name]
-        header += [title, f"minus {baseline}"]
-    header += ["pruning s", "rounds", "peak GiB", "tokens/s before", "after"]
+        header += [title, f"minus {info['baseline']}"]
+    header += ["pruning s", "calibration tokens", "rounds", "peak GiB", "tokens/s before", "after"]
     cells = []
     for line in lines:
         row = [
@@ -87,6 +143,7 @@ def _model(model: str, lines: Sequence[Line], baseline: str) -> list[str]:
             row += [_measured(line, name), _measured(line, f"{name}_difference", sign="+")]
         row += [
             _number(line["prune_seconds"], ".1f"),
+            _number(line["calibration_tokens"], ",d"),
             _number(line["rounds"], "d"),
             _number(None if line["peak_memory_bytes"] is None else line["peak_memory_bytes"] / 2**30, ".2f"),
             _number(line["tokens_per_second_before"], ".0f"),
@@ -101,12 +158,22 @@ def _model(model: str, lines: Sequence[Line], baseline: str) -> list[str]:
         ]
         parts.append(_table(["method", "target", *tasks], rows))
     notes = [f"- {_title(line)}: {line['note']}" for line in lines if line["note"]]
+    notes += [f"- {_title(line)} {missed}" for line in lines if (missed := _missed(line, _share(info)))]
     notes += [f"- {_title(line)} failed, {line['failure']}" for line in lines if line["failure"]]
     return [*parts, *([*notes, ""] if notes else [])]
 
 
 def _title(line: Line) -> str:
     return line["method"] if line["method"] == DENSE else f"{line['method']} at {line['target']:g}"
+
+
+def _missed(line: Line, share: str) -> str | None:
+    """How far what is kept is from the target, if that is too far."""
+    kept, target = line[share], line["target"]
+    if kept is None or target is None or abs(kept - target) <= _OFF * target:
+        return None
+    relation = "above" if kept > target else "below"
+    return f"keeps {kept:.2%}, {abs(kept / target - 1):.1%} {relation} its target: compare with care"
 
 
 def _number(value: float | None, form: str) -> str:

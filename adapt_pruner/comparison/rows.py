@@ -12,10 +12,12 @@ from typing import Any
 
 from adapt_pruner.assets import resolve_model
 from adapt_pruner.checkpoint import Checkpoint, open_checkpoint, write_json
+from adapt_pruner.comparison.variants import Variant, method_name, parse_variants
 from adapt_pruner.config import CompareConfig, EvaluateConfig, PruneConfig, split_names
 from adapt_pruner.evaluation.evaluate import task_names
 from adapt_pruner.families import find_family, layer_widths
-from adapt_pruner.methods import Method, find_method
+from adapt_pruner.methods import find_method, parse_layers, resolve, resolve_dimensions
+from adapt_pruner.scoring import Estimator
 
 DENSE = "dense"
 _PRUNING = (
@@ -61,7 +63,7 @@ class Row:
     """One model by one method at one target, or before pruning.
 
     Attributes:
-        model, method: names; the method is "dense" for the model before pruning.
+        model, method: names, the latter of a variant; "dense" is the model before pruning.
         target: fraction to keep; None before pruning.
         prune: settings of `PruneConfig` but for model, target, method and output; None before pruning.
         evaluate: settings of `EvaluateConfig` but for the model and tasks.
@@ -109,8 +111,25 @@ class Row:
         """Settings of its run, which goes on where there is one already."""
         assert self.prune is not None
         return PruneConfig(
-            self.model, self.target, str(output), method=self.method, resume=output.exists(), **self.prune
+            self.model,
+            self.target,
+            str(output),
+            method=method_name(self.method),
+            resume=output.exists(),
+            **self.prune,
         )
+
+    def resolved(self, num_layers: int) -> tuple[PruneConfig, Estimator | None]:
+        """Settings of its run with all that its method decides, and how units are scored, if they are.
+
+        Raises:
+            ValueError: settings that exclude each other, or layers that the model does not have.
+        """
+        config = self.pruning(Path("checked"))
+        method = find_method(config.method)
+        if method.removes == "dimensions":
+            return resolve_dimensions(config, method), None
+        return resolve(config, num_layers, method)
 
     def evaluation(self, model: str, **changes: Any) -> EvaluateConfig:
         return EvaluateConfig(model, **{**self.evaluate, **changes})
@@ -148,9 +167,10 @@ def requested_rows(config: CompareConfig) -> dict[str, Row]:
         ValueError: a setting that makes no sense, an unknown method or task, or a model of no known family.
         AssetError: a model could not be fetched.
     """
-    methods = [find_method(name) for name in split_names(config.methods) if name != DENSE]
-    if config.baseline not in (None, DENSE, *(method.name for method in methods)):
-        raise ValueError(f"baseline is {config.baseline!r}, expected one of {[m.name for m in methods]}")
+    variants = parse_variants(config.methods, ignored=DENSE)
+    names = [variant.name for variant in variants]
+    if config.baseline and default_baseline(config) not in (DENSE, *names):
+        raise ValueError(f"baseline is {config.baseline!r}, expected one of {names}")
     tasks = task_names(config.tasks)
     if config.data == "none" and not tasks:
         raise ValueError('nothing to compare: data is "none" and no task is named')
@@ -167,38 +187,60 @@ def requested_rows(config: CompareConfig) -> dict[str, Row]:
                 f"models {model} and {rows[_file_name(dense)].model} have one name for their files"
             )
         rows[_file_name(dense)] = dense
-        for method in methods:
-            prune, note = _prune_settings(config, method, checkpoint)
+        for variant in variants:
+            prune, note = _prune_settings(config, variant, checkpoint)
             for target in config.fractions():
-                row = Row(model, method.name, target, prune, evaluate, tasks, latency, note)
-                row.pruning(Path("checked"))
+                row = Row(model, variant.name, target, prune, evaluate, tasks, latency, note)
+                _check_pruning(row, variant, checkpoint)
                 rows[_file_name(row)] = row
     return rows
 
 
 def _prune_settings(
-    config: CompareConfig, method: Method, checkpoint: Checkpoint
+    config: CompareConfig, variant: Variant, checkpoint: Checkpoint
 ) -> tuple[dict[str, Any], str | None]:
-    """Settings of the runs of a method on a model, and what was chosen for that model."""
+    """Settings of the runs of a variant on a model, and what was chosen for that model."""
+    method = variant.method
     prune = {name: getattr(config, name) for name in _PRUNING}
     if method.one_shot:
         prune["iterations"] = None
-    of_heads = method.removes == "units" and method.granularity == "kv_group"
+    prune |= variant.changes
+    of_heads = method.removes == "units" and method.granularity == "kv_group" and "granularity" not in prune
     heads = max(layer.num_key_value_heads for layer in layer_widths(checkpoint.config))
-    if heads == 1 and of_heads and method.allocation != "reference":  # which counts rows of KV groups
+    published = prune.get("allocation", method.allocation) == "reference"  # which counts rows of KV groups
+    if heads == 1 and of_heads and not published:
         return {**prune, "granularity": "query_head"}, "one KV head: attention shrinks by query heads"
     return prune, None
+
+
+def _check_pruning(row: Row, variant: Variant, checkpoint: Checkpoint) -> None:
+    """That its settings can be, alone and with each other; those it has for itself also on this model."""
+    family = find_family(checkpoint.config.get("model_type"))
+    num_layers = len(layer_widths(checkpoint.config))
+    try:
+        config, _ = row.resolved(num_layers)
+        parse_layers(config.protected_layers or "none", num_layers)
+        family.with_granularity(config.granularity or "kv_group", config.mlp_granularity)
+    except ValueError as error:
+        if not variant.changes:
+            raise
+        raise ValueError(f"method {variant.name!r} on {row.model}: {error}") from None
 
 
 def _file_name(row: Row) -> str:
     """Of its JSON file and its run directory; models in directories of the same name differ by their path."""
     model = re.sub(r"[^\w.+-]+", "_", row.model).strip("_")
-    return "-".join([model, row.method, *([] if row.target is None else [f"{row.target:g}"])])
+    method = re.sub(r"[^\w.+=-]", "_", row.method)
+    return "-".join([model, method, *([] if row.target is None else [f"{row.target:g}"])])
 
 
 def default_baseline(config: CompareConfig) -> str:
-    """The method that others are compared with."""
+    """The name of the method that others are compared with.
+
+    Raises:
+        ValueError: an unknown method.
+    """
     if config.baseline:
-        return config.baseline
-    names = [name for name in split_names(config.methods) if name != DENSE] or [DENSE]
+        return DENSE if config.baseline == DENSE else Variant.parse(config.baseline).name
+    names = [variant.name for variant in parse_variants(config.methods, ignored=DENSE)] or [DENSE]
     return "adapt-pruner" if "adapt-pruner" in names else names[0]

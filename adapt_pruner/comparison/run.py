@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from adapt_pruner.checkpoint import Checkpoint, open_checkpoint, write_json, wri
 from adapt_pruner.comparison import row_process
 from adapt_pruner.comparison.estimate import Estimate, Workload, estimate
 from adapt_pruner.comparison.page import read_comparison, write_page
+from adapt_pruner.comparison.paths import shown_models, shown_path, shown_setting
 from adapt_pruner.comparison.rows import Failure, Row, default_baseline, requested_rows
 from adapt_pruner.comparison.table import table
-from adapt_pruner.config import CompareConfig
+from adapt_pruner.config import CompareConfig, split_names
 from adapt_pruner.data import check_vocabulary, prefix_token
 from adapt_pruner.engines.device import resolve_device
 from adapt_pruner.evaluation.multiple_choice import load_items
@@ -36,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 # What an added call may have otherwise; the rows hold all the rest.
 _FREE_TO_CHANGE = (
-    "models", "methods", "targets", "tasks", "baseline", "keep_models", "output", "dry_run", "resume"
+    "models", "methods", "targets", "tasks", "baseline", "keep_models", "output", "page", "dry_run", "resume"
 )  # fmt: skip
 
 
@@ -46,7 +48,7 @@ class ComparisonResult:
 
     Attributes:
         output: directory of results.md, results.csv and results.png; None of a dry run.
-        rows: as in results.csv; none of a dry run.
+        rows: as in results.csv, but for models by the paths they were given as; none of a dry run.
         estimates: of a dry run, minutes of each row.
         incomplete: some row has broken, and another try with `resume` may end otherwise.
     """
@@ -82,6 +84,11 @@ def compare(config: CompareConfig) -> ComparisonResult:
     rows = {name: _with_earlier(row, _file(output, name)) for name, row in rows.items()}
     if not all(row.settled for row in rows.values()):
         _check_inputs(config, rows)
+    page = Path(config.page) if config.page else None
+    if page:
+        if page.is_dir():
+            raise ValueError(f"page is {config.page!r}, a directory: expected a file to write")
+        page.parent.mkdir(parents=True, exist_ok=True)  # if this fails, then before the first row
     directory = RunDirectory.open(output, config, resume=config.resume, free_to_change=_FREE_TO_CHANGE)
     try:
         _record_call(config, output, list(rows))
@@ -101,7 +108,7 @@ def compare(config: CompareConfig) -> ComparisonResult:
                 write_page(output)
             if not config.keep_models and not Row.load(path).missing:
                 row_process.delete_model(row_process.run_of(path))
-        write_page(output)
+        write_page(output, page)
     finally:
         directory.close()
     done, info = read_comparison(output)
@@ -150,25 +157,33 @@ def _record_call(config: CompareConfig, output: Path, names: list[str]) -> None:
     path = output / "comparison.json"
     before = read_comparison(output)[1] if path.exists() else {"calls": [], "rows": []}
     settings = dataclasses.asdict(config)
-    shared = {name: value for name, value in settings.items() if name not in _FREE_TO_CHANGE}
+    models = shown_models(split_names(config.models), before.get("models", {}))
+    call = _command(config, models)
+    # The same call without a page did nothing that this one does not.
+    lesser = _command(dataclasses.replace(config, page=None), models) if config.page else None
     info = {
-        "calls": list(dict.fromkeys([*before["calls"], _command(config)])),
+        "calls": list(dict.fromkeys([*(c for c in before["calls"] if c != lesser), call])),
         "rows": list(dict.fromkeys([*before["rows"], *names])),
+        "models": models,
         "baseline": default_baseline(config),
-        "settings": shared,
+        "settings": {
+            name: shown_setting(value) if isinstance(value, str) else value
+            for name, value in settings.items()
+            if name not in _FREE_TO_CHANGE
+        },
     }
     write_json(path, info)
     write_text(output / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
 
-def _command(config: CompareConfig) -> str:
-    """The call on the command line, the same whether it is resumed or not."""
-    words = ["adapt-pruner", "compare", config.models]
+def _command(config: CompareConfig, models: Mapping[str, str]) -> str:
+    """The call on the command line, the same whether it is resumed or not, with paths as pages show them."""
+    words = ["adapt-pruner", "compare", ",".join(models[name] for name in split_names(config.models))]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in ("models", "resume", "dry_run", "keep_models") or value == field.default:
             continue
-        words += [f"--{field.name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        words += [f"--{field.name.replace('_', '-')}", *([] if value is True else [shown_path(str(value))])]
     return shlex.join(words)
 
 
@@ -210,8 +225,11 @@ def _check_inputs(config: CompareConfig, rows: dict[str, Row]) -> dict[str, Work
 
 
 def _check_calibration(rows: dict[str, Row], model: str, checkpoint: Checkpoint) -> None:
-    row = next((row for row in rows.values() if row.model == model and row.prune is not None), None)
-    if row is not None:
+    configs = [
+        row.pruning(Path("checked")) for row in rows.values() if row.model == model and row.prune is not None
+    ]
+    drawn = {(c.num_sequences, c.sequence_length, c.pack, c.prefix_bos): c for c in configs}
+    for config in drawn.values():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # each run says it again
-            calibration_tokens(with_prefix(row.pruning(Path("checked")), checkpoint), checkpoint)
+            calibration_tokens(with_prefix(config, checkpoint), checkpoint)

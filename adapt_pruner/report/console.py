@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from adapt_pruner.bench import BenchResult, Comparison
@@ -164,9 +164,9 @@ def show_compared(console: Console, result: ComparisonResult) -> None:
         return
     for model in dict.fromkeys(line["model"] for line in result.rows):
         table = Table(title=f"{escape(model)} (kept: of the parameters outside embedding and head)")
-        table.add_column("method", no_wrap=True)
+        table.add_column("method", overflow="fold")  # names of variants are long
         for column in ("target", "kept", "perplexity", "mean accuracy", "difference"):
-            table.add_column(column)
+            table.add_column(column, no_wrap=True)
         for line in (line for line in result.rows if line["model"] == model):
             kept, perplexity = line["non_embedding_kept"], line["perplexity"]
             table.add_row(
@@ -186,7 +186,8 @@ def show_compared(console: Console, result: ComparisonResult) -> None:
 
 def _show_estimates(console: Console, result: ComparisonResult) -> None:
     for model in dict.fromkeys(e.model for e in result.estimates):
-        table = Table("minutes", "target", "pruning", "evaluation", "loading", "all", title=escape(model))
+        first = Column("minutes", overflow="fold")
+        table = Table(first, "target", "pruning", "evaluation", "loading", "all", title=escape(model))
         for e in (e for e in result.estimates if e.model == model):
             minutes = (e.pruning, e.evaluation, e.loading, e.minutes)
             table.add_row(e.method, _target(e.target), *(f"{m:.1f}" for m in minutes))

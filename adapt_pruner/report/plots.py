@@ -1,12 +1,17 @@
-"""PNG figures of a pruning run."""
+"""PNG figures of a pruning run and of a comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 NAMES = {
     "kv_group": "KV groups", "query_head": "query heads", "channel": "MLP channels", "expert": "experts"
@@ -58,7 +63,6 @@ def plot_comparison(lines: Sequence[dict[str, Any]], path: Path, *, share: str) 
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
 
     panels = [
         (column, title)
@@ -89,20 +93,87 @@ def plot_comparison(lines: Sequence[dict[str, Any]], path: Path, *, share: str) 
                         [p[share] for p in points],
                         [p[column] for p in points],
                         errors if any(errors) else None,
-                        fmt="o-",
-                        ms=4,
                         capsize=2,
-                        color=f"C{number}",
+                        **_style(number),
                     )
             axis.set_title(model, fontsize=9)
             axis.set_xlabel(f"{share.removesuffix('_kept').replace('_', '-')} parameters kept")
             axis.set_ylabel(title)
             if column == "perplexity" and measured:
-                axis.set_yscale("log")
-                axis.yaxis.set_major_formatter(LogFormatter())
-                axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False)
+                _logarithmic(axis)
+    _save(figure, handles, path)
+    return True
+
+
+def plot_calibration(lines: Sequence[dict[str, Any]], path: Path, *, curve: Callable[[str], str]) -> bool:
+    """Perplexity over the calibration tokens of all rounds, a row of panels for each model, one per target.
+
+    Args:
+        lines: of the table of a comparison.
+        path: PNG file to write.
+        curve: of the name of a method, the name of the curve that it is a point of.
+    Returns:
+        whether there was a curve: two points of one that differ in their tokens. The figure would say no more
+        than the table without, and is not written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves: dict[tuple[str, float], dict[str, list[tuple[int, float]]]] = {}
+    for line in lines:
+        if line["calibration_tokens"] is not None and line["perplexity"] is not None:
+            panel = curves.setdefault((line["model"], line["target"]), {})
+            point = (line["calibration_tokens"], line["perplexity"])
+            panel.setdefault(curve(line["method"]), []).append(point)
+    several = [any(len({x for x, _ in p}) > 1 for p in panel.values()) for panel in curves.values()]
+    if not any(several):
+        path.unlink(missing_ok=True)
+        return False
+    models = list(dict.fromkeys(model for model, _ in curves))
+    targets = sorted({target for _, target in curves}, reverse=True)
+    names = list(dict.fromkeys(name for panel in curves.values() for name in panel))
+    figure = Figure(figsize=(5 * len(targets), 3.6 * len(models) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(models), len(targets), squeeze=False)
+    handles = {}
+    for i, model in enumerate(models):
+        for j, target in enumerate(targets):
+            axis, panel = axes[i][j], curves.get((model, target), {})
+            for name, points in panel.items():
+                x, y = zip(*sorted(points), strict=True)
+                handles[name] = axis.errorbar(x, y, **_style(names.index(name)))
+            axis.set_title(f"{model} at {target:g}", fontsize=9)
+            axis.set_xlabel("calibration tokens read in all")
+            axis.set_ylabel("perplexity")
+            if panel:
+                axis.set_xscale("log")
+                _logarithmic(axis)
+    _save(figure, handles, path)
+    return True
+
+
+def _style(number: int) -> dict[str, Any]:
+    """Of one of many curves: ten colours, then another marker."""
+    return {"fmt": f"{'os^D'[number // 10 % 4]}-", "ms": 4, "color": f"C{number % 10}"}
+
+
+def _logarithmic(axis: Axes) -> None:
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(LogFormatter())
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+
+
+def _save(figure: Figure, handles: dict[str, Any], path: Path) -> None:
+    """Writes a figure with its legend, in as many columns as the longest name leaves room for."""
+    longest = 0.7 + 0.085 * max(map(len, handles))  # inches
+    columns = max(1, min(4, int(figure.get_figwidth() / longest)))
+    height = 0.22 * (math.ceil(len(handles) / columns) - 1)  # of the lines beyond the first
+    figure.set_figheight(figure.get_figheight() + height)
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False
+    )
     temporary = path.with_name(f".{path.name}.partial")
     figure.savefig(temporary, dpi=110, format="png")
     temporary.replace(path)
-    return True

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import json
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -15,14 +17,13 @@ import numpy as np
 import pytest
 from tiny import WORDS, make_model
 
-from adapt_pruner import CompareConfig, EvaluateConfig, cli, compare, evaluate, pruner
+from adapt_pruner import CompareConfig, EvaluateConfig, PruneConfig, cli, compare, evaluate, pruner
 from adapt_pruner.checkpoint import open_checkpoint
-from adapt_pruner.comparison import estimate, page, row_process, run
+from adapt_pruner.comparison import estimate, page, paths, row_process, run, variants
 from adapt_pruner.comparison.page import write_page
 from adapt_pruner.comparison.rows import Row
 from adapt_pruner.comparison.table import table, tasks_of
 from adapt_pruner.evaluation import multiple_choice
-from adapt_pruner.methods import find_method
 from adapt_pruner.report import plots
 
 TIMES = (
@@ -78,16 +79,20 @@ def untimed(lines):
 
 
 def page_without_times(output):
-    """results.md once every time and peak in the JSON files is the same, and without the output's path."""
+    """results.md once every time and peak in the JSON files is the same, and without the output's name."""
     for path in (output / "rows").iterdir():
         row = json.loads(path.read_text())
         for result in row["results"].values():
-            for name in ("seconds", "peak_memory_bytes", "tokens_per_second", "tokens_per_second_before"):
+            for name in ("seconds", "wall_seconds", *TIMES[1:]):
                 if name in result:
                     result[name] = 1.0
         path.write_text(json.dumps(row))
     write_page(output)
-    return (output / "results.md").read_text().replace(str(output), "OUT")
+    return (output / "results.md").read_text().replace(f"--output {output.name} ", "")
+
+
+def read_rows(output):
+    return page.read_comparison(output)[0]
 
 
 # The table
@@ -137,6 +142,13 @@ def test_files(settings, tmp_path, monkeypatch):
         f"{result.rows[2]['mean_difference']:+.4f} ± {result.rows[2]['mean_difference_stderr']:.4f}" in text
     )
     assert "--targets 0.7" in text
+    minutes = sum(r["wall_seconds"] for row in read_rows(output) for r in row.results.values()) / 60
+    assert (
+        f"pruned by 2 methods to 0.7 of the non-embedding parameters: 3 rows, whose steps took {minutes:.1f}"
+        in (text)
+    )
+    assert [row["calibration_tokens"] for row in result.rows] == [None, result.rows[1]["rounds"] * 64, 64]
+    assert not (output / "results-calibration.png").exists()  # no method has two points
     assert "torch" in text
     assert (output / "results.png").read_bytes()[:4] == b"\x89PNG"
     # The pruned models are gone, what shows how they came about is not.
@@ -207,6 +219,211 @@ def test_a_model_with_one_kv_head_loses_query_heads(settings, tokenizer, tmp_pat
     )
 
 
+# Variants
+
+
+def test_variants(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "plot_comparison", plots.plot_comparison)
+    config = settings(
+        methods="adapt-pruner:sequence-length=8,"
+        "adapt-pruner+: carry-over = 0.5:compensation=none:iterations=2,"
+        "adapt-pruner+:iterations=2:compensation=none:carry_over=.5,wanda-sp:protected_layers=0/-1",
+        targets="0.7", tasks="piqa", iterations=3,
+    )  # fmt: skip
+    names = [
+        "adapt-pruner:sequence_length=8",
+        "adapt-pruner+:iterations=2:compensation=none:carry_over=0.5",
+        "wanda-sp:protected_layers=0/-1",
+    ]
+    lines = compare(config).rows
+    assert [line["method"] for line in lines] == ["dense", *names]
+    assert [line["failure"] for line in lines] == [None] * 4
+    by = {}
+    for name, line in zip(names, lines[1:], strict=True):
+        (run_,) = (tmp_path / "out" / "runs").glob(f"*-{name.replace(':', '_').replace('/', '_')}-0.7")
+        by[name] = json.loads((run_ / "plan.json").read_text())["settings"]
+        length = 8 if "sequence" in name else 16
+        assert line["calibration_tokens"] == line["rounds"] * 4 * length
+    first, second, third = by.values()
+    assert [s["sequence_length"] for s in by.values()] == [8, 16, 16]
+    assert [s["iterations"] for s in by.values()] == [3, 2, 1]  # a variant's own, of all, of one shot
+    assert (second["method"], second["compensation"], second["carry_over"]) == ("adapt-pruner+", "none", 0.5)
+    assert (first["carry_over"], third["protected_layers"]) == (0.0, "0,-1")
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert f"| {names[1]} | 0.7 |" in text
+    assert f"minus {names[0]}" in text
+    # Others are added like methods, and one of them can be what the others are compared with.
+    added = dataclasses.replace(config, methods="wanda-sp:pack=true", resume=True)
+    added = dataclasses.replace(added, baseline="wanda-sp:pack=true")
+    done = []
+    real = run._run
+    monkeypatch.setattr(run, "_run", lambda row, path: (done.append(row.method), real(row, path)))
+    lines = compare(added).rows
+    assert done == ["wanda-sp:pack=true"]
+    assert [line["method"] for line in lines] == ["dense", *names, "wanda-sp:pack=true"]
+    assert lines[1]["mean_difference"] == pytest.approx(lines[1]["mean"] - lines[4]["mean"])
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (
+            "adapt-pruner:seed=1",
+            r"method 'adapt-pruner:seed=1': a setting is 'seed', expected one of \['estima",
+        ),
+        ("prune-it:pack=true", "method is 'prune-it', expected one of"),
+        ("dense:pack=true", "method is 'dense', expected one of"),
+        ("flap:", "a setting is '', expected one of"),
+        ("flap:pack", "pack has no value, expected pack=VALUE"),
+        ("flap:pack=yes", "pack is 'yes', expected true or false"),
+        ("flap:pack=true:pack=true", "pack is given twice"),
+        ("adapt-pruner:iterations=2.5", "iterations is '2.5', expected a whole number"),
+        ("adapt-pruner:iterations=0", "iterations is 0, expected at least 1"),
+        ("adapt-pruner:amplitude=much", "amplitude is 'much', expected a number"),
+        ("adapt-pruner:amplitude=nan", "amplitude is nan, expected finite"),
+        (
+            "adapt-pruner:compensation=all",
+            r"compensation is 'all', expected one of \('none', 'bias', 'least_",
+        ),
+        (
+            "adapt-pruner:estimator=guess",
+            "adapt-pruner:estimator=guess' on .*: estimator is 'guess', expected",
+        ),
+        (
+            "adapt-pruner:protected-layers=0-99",
+            r"protected_layers is '0-99', expected none, or layers of 0-\d",
+        ),
+        ("adapt-pruner:mlp-granularity=expert", "have no experts: expected 'channel'"),
+        ("adapt-pruner:num_sequences=100000000", "tokens"),
+        ("flap:iterations=3", "iterations is '3', expected none: flap prunes in one round"),
+        ("slicegpt:estimator=wanda", "slicegpt removes dimensions of hidden states, not units"),
+    ],
+)
+def test_wrong_variants(settings, tmp_path, monkeypatch, methods, message):
+    monkeypatch.delattr(run, "_run")
+    with pytest.raises(ValueError, match=message):
+        compare(settings(methods=f"adapt-pruner,{methods}"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_setting_of_prune_is_shared_or_can_vary():
+    """A value of each kind comes back from the name of the variant."""
+    kinds = variants._KINDS
+    assert {*kinds, *variants._SHARED} == {field.name for field in dataclasses.fields(PruneConfig)}
+    text = (
+        "adapt-pruner:allocation=global:protected_layers=0-1/-1:attention_rate=0.30000000000000004:pack=true:"
+        "prefix_bos=false:round_to=2"
+    )
+    variant = variants.Variant.parse(text)
+    assert variant.changes == {
+        "allocation": "global", "protected_layers": "0-1,-1", "attention_rate": 0.1 + 0.2, "pack": True,
+        "prefix_bos": False, "round_to": 2,
+    }  # fmt: skip
+    assert variants.Variant.parse(variant.name) == variant
+    assert not {",", " "} & set(variant.name)
+
+
+def test_variants_on_the_command_line_and_in_yaml(tmp_path):
+    methods = "adapt-pruner+,adapt-pruner+:compensation=none:protected-layers=0/-1"
+    (tmp_path / "settings.yaml").write_text(f"models: m\nmethods: {methods}\nbaseline: flap:pack=true\n")
+    for arguments in (
+        ["m", "--methods", methods, "--baseline", "flap:pack=true"],
+        ["--config", str(tmp_path / "settings.yaml")],
+    ):
+        parsed = cli.build_parser().parse_args(["compare", *arguments])
+        assert (parsed.compare.methods, parsed.compare.baseline) == (methods, "flap:pack=true")
+    assert shlex.split(methods) == [methods]
+
+
+def test_figure_over_calibration_tokens(tmp_path):
+    def line(method, target, tokens, perplexity):
+        return {
+            "model": "m", "method": method, "target": target, "calibration_tokens": tokens,
+            "perplexity": perplexity,
+        }  # fmt: skip
+
+    path = tmp_path / "figure.png"
+    path.write_text("of before")
+    lines = [
+        line("dense", None, None, 10.0), line("x:num_sequences=8", 0.8, 80, 12.0), line("y", 0.8, 10, 14.0),
+        line("x:num_sequences=8", 0.5, 200, 40.0), line("x:num_sequences=16:carry_over=1.0", 0.8, 160, 11.0),
+    ]  # fmt: skip
+    assert not plots.plot_calibration(
+        lines, path, curve=variants.curve_name
+    )  # a curve at one target has 1 point
+    assert not path.exists()
+    lines.append(line("x", 0.8, 640, 11.5))
+    assert plots.plot_calibration(lines, path, curve=variants.curve_name)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    assert variants.curve_name("x:iterations=3:num_sequences=16:carry_over=1.0") == "x:carry_over=1.0"
+
+
+# A page elsewhere
+
+
+def test_page(settings, tiny_models, calibration_file, tmp_path, monkeypatch):
+    """It says where nothing lies on this machine, and which file it was."""
+    monkeypatch.setattr(page, "plot_comparison", plots.plot_comparison)
+    here = tmp_path / "here"
+    (here / "texts").mkdir(parents=True)
+    inside = here / "texts" / "held-out.txt"
+    inside.write_bytes(calibration_file.read_bytes())
+    monkeypatch.chdir(here)
+    config = settings(
+        page=str(here / "docs" / "results-compare.md"), data=str(inside), output=str(tmp_path / "out"),
+        methods="wanda-sp,shortgpt,wanda-sp:num_sequences=8", targets="0.7", baseline="dense", tasks="",
+    )  # fmt: skip
+    lines = compare(config).rows
+    text = (here / "docs" / "results-compare.md").read_text()
+    data = (here / "docs" / "results-compare.csv").read_text()
+    assert data == (tmp_path / "out" / "results.csv").read_text()
+    for file in (text, data):
+        assert "/" not in file.replace("texts/held-out.txt", "").replace(
+            "docs/results-compare.md", ""
+        ).replace("tokens/s", "")
+    digest = hashlib.sha256(calibration_file.read_bytes()).hexdigest()
+    assert f"| `calibration` | {calibration_file.name} (sha256 {digest}) |" in text
+    assert "| `data` | texts/held-out.txt |" in text
+    assert f"adapt-pruner compare {tiny_models['llama'].name} --output out" in text
+    assert "--page docs/results-compare.md" in text
+    for name in ("results-compare.png", "results-compare-calibration.png"):
+        assert f"]({name})" in text
+        assert (here / "docs" / name).read_bytes()[:4] == b"\x89PNG"
+    assert text.replace("(results-compare", "(results") == (tmp_path / "out" / "results.md").read_text()
+    # ShortGPT can only remove whole layers.
+    kept = lines[2]["non_embedding_kept"]
+    assert abs(kept / 0.7 - 1) > 0.005
+    assert f"- shortgpt at 0.7 keeps {kept:.2%}, {1 - kept / 0.7:.1%} below its target" in text
+    assert "- wanda-sp at 0.7 keeps" not in text
+
+
+def test_page_is_checked_first(settings, tmp_path, monkeypatch):
+    monkeypatch.delattr(run, "_run")
+    with pytest.raises(ValueError, match=r"page is 'docs/results', expected a file that ends in \.md"):
+        settings(page="docs/results")
+    (tmp_path / "results.md").mkdir()
+    with pytest.raises(ValueError, match=r"results\.md', a directory: expected a file"):
+        compare(settings(page=str(tmp_path / "results.md")))
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        compare(settings(page=str(tmp_path / "file" / "results.md")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_models_and_messages(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models = [str(tmp_path / "models" / "a"), "/one/x", "/two/x", "/one/two/x", "org/x", "smollm2-135m"]
+    names = paths.shown_models(models[1:], paths.shown_models(models[:1], {}))
+    assert list(names) == models
+    assert list(names.values()) == ["models/a", "x", "two/x", "one/two/x", "org/x", "smollm2-135m"]
+    message = (
+        "[Errno 2] No such file: '/one/x/config.json': see https://a.b/c, 3 tokens/s of /one/two and a/b"
+    )
+    assert paths.without_paths(message) == (
+        "[Errno 2] No such file: 'config.json': see https://a.b/c, 3 tokens/s of two and a/b"
+    )
+
+
 # Resuming
 
 
@@ -248,6 +465,8 @@ def test_a_finished_comparison_only_rewrites_the_page(settings, tmp_path, monkey
     monkeypatch.delattr(run, "_check_inputs")
     compare(dataclasses.replace(config, resume=True))
     assert [file.read_bytes() for file in files] == before
+    compare(dataclasses.replace(config, resume=True, page=str(tmp_path / "page.md")))
+    assert (tmp_path / "page.md").read_text().count("adapt-pruner compare") == 1  # the call with the page
 
 
 def test_methods_and_tasks_can_be_added(settings, tmp_path):
@@ -427,7 +646,13 @@ def test_dry_run(settings, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("method", "family", "target"),
-    [("adapt-pruner", "llama", 0.8), ("adapt-pruner", "mistral", 0.5), ("adapt-pruner+", "llama", 0.6)],
+    [
+        ("adapt-pruner", "llama", 0.8),
+        ("adapt-pruner", "mistral", 0.5),
+        ("adapt-pruner+", "llama", 0.6),
+        ("adapt-pruner+:allocation=uniform:iterations=12", "llama", 0.6),
+        ("adapt-pruner:granularity=layer:iterations=3", "llama", 0.6),
+    ],
 )
 def test_rounds_of_a_dry_run(settings, tiny_models, method, family, target):
     """As many as there are, when layers lose about the same."""
@@ -436,7 +661,22 @@ def test_rounds_of_a_dry_run(settings, tiny_models, method, family, target):
     )
     row = list(run.requested_rows(config).values())[1]
     expected = compare(config).rows[1]["rounds"]
-    assert abs(estimate._rounds(row, find_method(method)) - expected) <= 1
+    assert abs(estimate._rounds(row) - expected) <= 1
+
+
+def test_a_dry_run_of_variants(settings):
+    """Rates are made up, so that minutes can be told: 1 token in a pass without gradients takes a minute."""
+    changed = "num_sequences=8:sequence_length=4:iterations=5"
+    methods = [f"adapt-pruner:{changed}", "wanda-sp:num_sequences=8:sequence_length=4"]
+    methods.append(f"adapt-pruner:allocation=search:{changed}")
+    config = settings(methods=",".join(methods), targets="0.6", tasks="")
+    rows = list(run.requested_rows(config).values())
+    rates = estimate._Rates(0.0, 1 / 60, 1 / 60, 1 / 120, {rows[1].method: 60.0})
+    work = estimate.Workload(0, {})
+    minutes = [estimate._estimate(row, work, rates).pruning for row in rows[1:]]
+    rounds = estimate._rounds(rows[1])
+    assert rounds > 1
+    assert minutes == pytest.approx([rounds * (32 * 2 + 1), 32, rounds * (32 * 2 + 100 * 32)])
 
 
 def test_what_a_dry_run_counts(settings, tokenizer):
