@@ -50,6 +50,7 @@ def calibration_tokens(config: PruneConfig, checkpoint: Checkpoint) -> Tokenized
 
 def draw(config: PruneConfig, tokens: TokenizedDocuments, iteration: int) -> Tensor:
     """The batch of an iteration, [num_sequences, sequence_length] int64."""
+    assert config.num_sequences is not None  # resolved
     return sample_sequences(
         tokens,
         config.num_sequences,

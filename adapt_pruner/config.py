@@ -71,7 +71,7 @@ class PruneConfig:
         calibration: calibration text: "default", a .txt, .jsonl, .json, .csv or .parquet file, or the name
             of a data set.
         calibration_column: text column of the file or data set; "text" if not given.
-        num_sequences: calibration sequences drawn anew for each iteration.
+        num_sequences: calibration sequences drawn anew for each iteration; each method's own if not given.
         sequence_length: tokens of each sequence, a BOS included.
         prefix_bos: put the tokenizer's BOS in front of every calibration sequence; Gemma needs it. If not
             given, where the tokenizer itself puts it in front of text; the method reference never does.
@@ -123,7 +123,7 @@ class PruneConfig:
     normalize: Literal["max", "rank", "zscore_clip"] = "max"
     calibration: str = "default"
     calibration_column: str | None = None
-    num_sequences: int = 512
+    num_sequences: int | None = None
     sequence_length: int = 64
     prefix_bos: bool | None = None
     micro_batch_size: int = 16
@@ -166,7 +166,7 @@ class PruneConfig:
         )
         _require("ridge", self.ridge, "finite, above 0", 0 < self.ridge < math.inf)
         _require_choices(self)
-        if self.gradients == "fused":
+        if self.gradients == "fused" and self.num_sequences is not None:
             size = self.micro_batch_size
             expected = f"at least {self.num_sequences} (num_sequences), or gradients other than 'fused'"
             _require("micro_batch_size", size, expected, size >= self.num_sequences)
@@ -322,7 +322,7 @@ class CompareConfig:
         iterations: pruning rounds that would remove everything; each method's own if not given.
         calibration: calibration text of all methods, as for `prune`.
         calibration_column: text column of the file or data set; "text" if not given.
-        num_sequences: calibration sequences drawn anew for each iteration.
+        num_sequences: calibration sequences drawn anew for each iteration; each method's own if not given.
         sequence_length: tokens of each sequence, a BOS included.
         micro_batch_size: sequences per forward and backward pass while pruning.
         pack: join calibration documents instead of drawing from long enough ones.
@@ -360,7 +360,7 @@ class CompareConfig:
     iterations: int | None = None
     calibration: str = "default"
     calibration_column: str | None = None
-    num_sequences: int = 512
+    num_sequences: int | None = None
     sequence_length: int = 64
     micro_batch_size: int = 16
     pack: bool = False

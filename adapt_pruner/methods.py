@@ -40,6 +40,7 @@ class Method:
         allocation: how much each layer loses.
         one_shot: prunes in one round, whatever `iterations` says.
         iterations: rounds that would remove everything, of methods that are not.
+        num_sequences: calibration sequences of each round.
         gqa_credit: which KV group a query head counts for.
         granularity: unit of attention, or "layer": layer importance alone decides then.
         attention_rate, mlp_rate: multiple of a layer's sparsity that its attention units, its channels lose.
@@ -58,6 +59,7 @@ class Method:
     allocation: AllocationName = "adaptive"
     one_shot: bool = False
     iterations: int = 50
+    num_sequences: int = 512
     gqa_credit: GqaCredit = "owner"
     granularity: Granularity = "kv_group"
     attention_rate: float = 1.0
@@ -103,7 +105,7 @@ METHODS: tuple[Method, ...] = (
         "ours, after arXiv 2502.03460, 2312.17244 and 2302.04089",
         estimator=OBS_FISHER,
         allocation="global",
-        iterations=15,
+        num_sequences=32,
         granularity="query_head",
         attention_rate=1 / 3,
         compensation="least_squares",
@@ -273,12 +275,13 @@ def resolve_dimensions(config: PruneConfig, method: Method) -> PruneConfig:
 
 
 def _of_method(config: PruneConfig, method: Method) -> PruneConfig:
-    """The settings with the name of the method and its rounds."""
+    """The settings with the name of the method, its rounds and how much of the text each reads."""
     if method.one_shot:
         if config.iterations not in (None, 1):
             logger.info("%s prunes in one shot: iterations %d is ignored", method.name, config.iterations)
         config = dataclasses.replace(config, iterations=1)
-    return dataclasses.replace(config, method=method.name)
+    sequences = method.num_sequences if config.num_sequences is None else config.num_sequences
+    return dataclasses.replace(config, method=method.name, num_sequences=sequences)
 
 
 def require_experts_supported(config: PruneConfig, estimator: Estimator) -> None:

@@ -255,10 +255,7 @@ def _prune(
     plan.save(run.plan)
     records = run.iterations()
     used = usage(resources, latency, now) if now else {}
-    write_json(
-        run.metrics,
-        _metrics(engine, budget, embeddings, None if config.target is None else target, used, records),
-    )
+    write_json(run.metrics, _metrics(config, engine, budget, embeddings, target, used, records))
     if records:
         plot_run(records, run.path / "widths.png", initial=units)
     if not run.model.exists():
@@ -282,23 +279,27 @@ def _plan_settings(config: PruneConfig) -> dict[str, Any]:
 
 
 def _metrics(
+    config: PruneConfig,
     engine: InMemoryEngine,
     budget: UnitBudget,
     embeddings: int,
-    target: int | None,
+    target: int,
     used: dict[str, dict[str, float]],
     records: list[dict[str, Any]],
 ) -> dict[str, Any]:
+    assert config.num_sequences is not None  # resolved
     before, after = budget.num_parameters, engine.num_parameters
+    aimed = config.target is not None
     return {
         "parameters_before": before,
-        "parameters_target": target,
+        "parameters_target": target if aimed else None,
         "parameters_after": after,
-        "parameters_below_target": None if target is None else target - after,
+        "parameters_below_target": target - after if aimed else None,
         "resources": used,
         "non_embedding_before": before - embeddings,
         "non_embedding_after": after - embeddings,
         "iterations": len(records),
+        "calibration_tokens": len(records) * config.num_sequences * config.sequence_length,
         "calibration_loss": [record["loss"] for record in records],
         "seconds": round(sum(sum(record["seconds"].values()) for record in records), 3),
         "peak_memory_bytes": peak_memory(engine.model.device),

@@ -57,6 +57,7 @@ def prune_dimensions(
     if config.dtype != "auto":
         per_parameter = DTYPES[config.dtype].itemsize
     require_free_space(run.path, int(budget.parameters(widths) * per_parameter) + 32 * 2**20)
+    assert config.num_sequences is not None  # resolved
     if config.num_sequences * config.sequence_length < budget.hidden_size:
         warnings.warn(
             f"{config.num_sequences} sequences of {config.sequence_length} tokens are fewer than the "
@@ -98,6 +99,7 @@ def prune_dimensions(
             "hidden_size_before": budget.hidden_size,
             "hidden_widths_after": list(widths),
             "iterations": 1,
+            "calibration_tokens": batch.numel(),
             "calibration_loss": [sliced.loss],
             "seconds": round(seconds, 3),
             "peak_memory_bytes": peak_memory(model.device),

@@ -113,6 +113,7 @@ def _estimate(row: Row, work: Workload, rates: _Rates) -> Estimate:
     pruning = 0.0
     if row.prune is not None:
         config, estimator = _resolved(row)
+        assert config.num_sequences is not None  # resolved
         seconds = config.num_sequences * config.sequence_length / rates.passes(estimator)
         if config.allocation == "search":
             sequences = config.search_evaluations * min(SEARCHED, config.num_sequences)

@@ -32,6 +32,7 @@ from adapt_pruner.data import check_vocabulary, prefix_token
 from adapt_pruner.engines.device import resolve_device
 from adapt_pruner.evaluation.multiple_choice import load_items
 from adapt_pruner.evaluation.perplexity import text_tokens
+from adapt_pruner.families import layer_widths
 from adapt_pruner.run import RunDirectory
 
 _log = logging.getLogger(__name__)
@@ -225,8 +226,9 @@ def _check_inputs(config: CompareConfig, rows: dict[str, Row]) -> dict[str, Work
 
 
 def _check_calibration(rows: dict[str, Row], model: str, checkpoint: Checkpoint) -> None:
+    num_layers = len(layer_widths(checkpoint.config))
     configs = [
-        row.pruning(Path("checked")) for row in rows.values() if row.model == model and row.prune is not None
+        row.resolved(num_layers)[0] for row in rows.values() if row.model == model and row.prune is not None
     ]
     drawn = {(c.num_sequences, c.sequence_length, c.pack, c.prefix_bos): c for c in configs}
     for config in drawn.values():

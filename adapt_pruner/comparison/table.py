@@ -66,7 +66,7 @@ def _line(row: Row, alike: Sequence[Row], dense: Row | None, baseline: Row | Non
     pruning = row.results.get("pruning", {})
     line |= {
         "prune_seconds": pruning.get("seconds"),
-        "calibration_tokens": _calibration_tokens(row),
+        "calibration_tokens": pruning.get("calibration_tokens"),
         "rounds": pruning.get("iterations"),
         "peak_memory_bytes": pruning.get("peak_memory_bytes"),
         "tokens_per_second_before": speed.get("tokens_per_second_before"),
@@ -74,14 +74,6 @@ def _line(row: Row, alike: Sequence[Row], dense: Row | None, baseline: Row | Non
         "failure": f"{row.failure.step}: {row.failure.reason}" if row.failure else None,
     }
     return line
-
-
-def _calibration_tokens(row: Row) -> int | None:
-    """Tokens that all rounds have read."""
-    if row.prune is None or "pruning" not in row.results:
-        return None
-    rounds: int = row.results["pruning"]["iterations"]
-    return rounds * int(row.prune["num_sequences"]) * int(row.prune["sequence_length"])
 
 
 def _has(row: Row, tasks: Sequence[str]) -> bool:
