@@ -14,7 +14,8 @@ from adapt_pruner.pruner import OnIteration, PruneResult, prune
 
 MODEL = "smollm2-135m"
 PROMPT = "The sun rises in the east because"
-# Few calibration tokens, so that two CPU cores are done in minutes; the default of `prune` is 512.
+# Fewer rounds and calibration tokens than the defaults of `prune`, so that two CPU cores are done in minutes.
+ITERATIONS = 20
 NUM_SEQUENCES = 16
 EVALUATION_TOKENS = 8192
 CONTEXT = 512
@@ -52,6 +53,7 @@ def demo(output: str, *, on_iteration: OnIteration | None = None) -> DemoResult:
         0.8,
         output,
         method="adapt-pruner+",
+        iterations=ITERATIONS,
         num_sequences=NUM_SEQUENCES,
         resume=Path(output).exists(),
     )
