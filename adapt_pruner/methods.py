@@ -98,6 +98,8 @@ METHODS: tuple[Method, ...] = (
         "adapt-pruner",
         "first-order Taylor; layers lose by how little they change the residual stream, in many rounds",
         "arXiv 2502.03460",
+        num_sequences=32,
+        carry_over=1.0,
     ),
     Method(
         "adapt-pruner+",

@@ -248,7 +248,7 @@ def test_variants(settings, tmp_path, monkeypatch):
     assert [s["sequence_length"] for s in by.values()] == [8, 16, 16]
     assert [s["iterations"] for s in by.values()] == [3, 2, 1]  # a variant's own, of all, of one shot
     assert (second["method"], second["compensation"], second["carry_over"]) == ("adapt-pruner+", "none", 0.5)
-    assert (first["carry_over"], third["protected_layers"]) == (0.0, "0,-1")
+    assert (first["carry_over"], third["protected_layers"]) == (1.0, "0,-1")
     text = (tmp_path / "out" / "results.md").read_text()
     assert f"| {names[1]} | 0.7 |" in text
     assert f"minus {names[0]}" in text

@@ -163,7 +163,7 @@ def test_inspect_settings_out_of_range_are_refused():
 def test_fused_gradients_need_one_micro_batch():
     expected = r"^micro_batch_size is 16, expected at least 512 \(num_sequences\), or gradients other than"
     with pytest.raises(ValueError, match=expected):
-        resolve(prune_config(gradients="fused"), 4)
+        resolve(prune_config(method="llm-pruner", gradients="fused"), 4)
     assert prune_config(gradients="fused", num_sequences=16).gradients == "fused"
     assert prune_config(gradients="fused", micro_batch_size=1000).gradients == "fused"
     assert prune_config().gradients == "auto"
@@ -187,7 +187,8 @@ def test_settings_cannot_be_changed_afterwards(config):
         made.model = "other"
 
 
-def test_defaults_of_prune_are_those_of_the_paper():
+def test_defaults_of_prune_are_those_of_the_paper_but_for_averages_over_rounds():
     config, _ = resolve(prune_config(), 4)
     assert (config.iterations, config.amplitude, config.layer_metric) == (50, 0.02, "cosine")
-    assert (config.num_sequences, config.sequence_length, config.micro_batch_size) == (512, 64, 16)
+    assert (config.num_sequences, config.sequence_length, config.carry_over) == (32, 64, 1.0)
+    assert resolve(prune_config(method="reference"), 4)[0].num_sequences == 512
