@@ -61,8 +61,8 @@ class PruneConfig:
             allocations global and threshold divide the price of a unit by it.
         mlp_rate: the same for channels and experts.
         round_to: every layer keeps a multiple of so many channels, or all that it had.
-        iterations: pruning rounds that would remove everything; each removes 1/iterations on average. 50 in
-            adapt-pruner; one-shot methods ignore it.
+        iterations: pruning rounds that would remove everything; each removes 1/iterations on average. 50 if
+            not given; one-shot methods ignore it.
         amplitude: how far a layer's share of a round may differ from the average.
         search_evaluations: of the allocation search: losses that each round measures, on up to 64 calibration
             sequences, beyond those of the start points.

@@ -124,7 +124,7 @@ def prune(
     if RunDirectory(output).complete:
         return _result(RunDirectory(output))
     resolve_device(config.device)
-    require_free_space(output, saved_bytes(config, checkpoint, family, target))
+    require_free_space(output, saved_bytes(config, estimator, checkpoint, family, target))
     tokens = calibration_tokens(config, checkpoint)
     engine = InMemoryEngine(
         checkpoint,

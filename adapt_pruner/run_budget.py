@@ -11,6 +11,7 @@ from adapt_pruner.config import PruneConfig, parse_target
 from adapt_pruner.families import Family, layer_widths, removal_counts, unit_costs
 from adapt_pruner.methods import parse_layers
 from adapt_pruner.resources import Resource
+from adapt_pruner.scoring import Estimator
 from adapt_pruner.scoring.gram import column_weights
 
 
@@ -90,7 +91,9 @@ def added_parameters(config: PruneConfig, checkpoint: Checkpoint, family: Family
     return sum(missing_output_biases(family, layer_widths(checkpoint.config), shapes).values())
 
 
-def saved_bytes(config: PruneConfig, checkpoint: Checkpoint, family: Family, target: int) -> int:
+def saved_bytes(
+    config: PruneConfig, estimator: Estimator | None, checkpoint: Checkpoint, family: Family, target: int
+) -> int:
     """Bytes of the pruned model and what is written beside it."""
     per_parameter = checkpoint.num_bytes / checkpoint.num_parameters
     if config.dtype != "auto":
@@ -105,6 +108,7 @@ def saved_bytes(config: PruneConfig, checkpoint: Checkpoint, family: Family, tar
         state += sum(rows for rows, _ in shapes) * per_parameter
     if config.compensation == "least_squares":
         state += sum(rows * columns for rows, columns in shapes) * per_parameter
-        if config.carry_over:
-            state += sum(rows**2 + columns**2 for rows, columns in shapes) * 4
+    by_grams = estimator is not None and estimator.grams
+    if config.carry_over and (by_grams or config.compensation == "least_squares"):
+        state += sum(rows**2 + columns**2 for rows, columns in shapes) * 4
     return int(saved + 2 * state) + 32 * 2**20  # what a resume needs is there twice for a moment
