@@ -272,7 +272,7 @@ class EvaluateConfig:
         limit: items per task, from its start.
         questions: "even" or "odd": every other item of each task alone, so that one half can choose settings
             and the other half report.
-        batch_size: sequences per forward pass.
+        batch_size: windows of text, or as often 256 tokens of tasks, per forward pass.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: dtype to evaluate in; "auto" keeps that of the checkpoint.
         output: JSON file to write the result to.
@@ -335,7 +335,7 @@ class CompareConfig:
         limit: items per task, from its start.
         questions: "even" or "odd": every other item of each task alone, so that one half can choose settings
             and the other half report.
-        batch_size: sequences per forward pass of the evaluation.
+        batch_size: windows of text, or as often 256 tokens of tasks, per forward pass of the evaluation.
         latency_batch: sequences of the forward pass that tokens per second are measured with.
         latency_tokens: tokens of each.
         device: "auto", "cpu", "cuda" or "cuda:N".

@@ -429,15 +429,31 @@ def test_scores_do_not_depend_on_the_batch(
     assert one == pytest.approx(eight, rel=1e-5, abs=1e-5)
 
 
-def test_choices_that_differ_in_the_last_token_share_a_pass(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+@pytest.mark.parametrize("task", ["commonsense_qa", "hellaswag", "winogrande"])
+def test_choices_read_once_what_they_begin_with(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, task: str
 ) -> None:
-    item = TASKS["commonsense_qa"].item(ROWS["commonsense_qa"][0])
-    rows = []
-    hook = model.model.embed_tokens.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[0]))
+    item = TASKS[task].item(ROWS[task][0])
+    read = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda _, args, __: read.append(args[0].shape))
     multiple_choice.score_items(model, tokenizer, [item])
     hook.remove()
-    assert rows[-1] == 1
+    pairs = zip(item.contexts, item.continuations, strict=True)
+    ids = [tokenizer.encode(context + continuation)[:-1] for context, continuation in pairs]
+    beginnings = {tuple(sequence[: i + 1]) for sequence in ids for i in range(len(sequence))}
+    assert read[-1] == (1, len(beginnings))
+    assert multiple_choice.tokens_read(tokenizer, [item]) == len(beginnings)
+
+
+def test_tasks_are_read_together(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multiple_choice, "load_benchmark", lambda name: [ROWS[name][0]] * 2)
+    passes = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda *_: passes.append(1))
+    evaluate_multiple_choice(model, tokenizer, ["arc_easy", "arc_challenge"])
+    hook.remove()
+    assert len(passes) == 5  # four of a few tokens look at the model
 
 
 def test_long_contexts_are_cut_on_the_left(
@@ -465,9 +481,7 @@ def test_accuracies(
         2: [[-2.0, -1.0], [-1.0, -2.0], [-2.0, -2.0], [-2.0, -1.0]],  # gold is 1; the first of equals wins
     }
     monkeypatch.setattr(multiple_choice, "load_benchmark", rows.__getitem__)
-    monkeypatch.setattr(
-        multiple_choice, "score_items", lambda m, t, items, batch_size: scores[len(items[0].lengths)]
-    )
+    monkeypatch.setattr(multiple_choice, "score_items", lambda m, t, items, batch_size: scores[3] + scores[2])
     result = evaluate_multiple_choice(model, tokenizer, ["arc_easy", "winogrande"], limit=4)
     arc, winogrande = result.tasks
     assert (arc.task, arc.items, arc.accuracy, arc.chance) == ("arc_easy", 4, 0.25, pytest.approx(1 / 3))
