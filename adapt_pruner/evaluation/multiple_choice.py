@@ -1,4 +1,4 @@
-"""Zero-shot multiple-choice accuracy by log-likelihood, with the prompts and scores of lm-eval 0.4."""
+"""Multiple-choice accuracy by log-likelihood, with the prompts and scores of lm-eval 0.4."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from adapt_pruner.assets import load_benchmark
+from adapt_pruner.assets import load_benchmark, load_mmlu
 from adapt_pruner.data import check_vocabulary
 from adapt_pruner.evaluation.log_probabilities import (
     check_logits,
@@ -22,7 +22,7 @@ from adapt_pruner.evaluation.log_probabilities import (
     token_log_probabilities,
 )
 from adapt_pruner.evaluation.shared_rows import Batch, batches, shared_rows
-from adapt_pruner.evaluation.tasks import COMMONSENSE_TASKS, TASKS, Item, Task
+from adapt_pruner.evaluation.tasks import COMMONSENSE_TASKS, MMLU_EXAMPLES, TASKS, Item, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -109,9 +109,10 @@ def evaluate_multiple_choice(
     *,
     limit: int | None = None,
     questions: Questions = "all",
+    num_fewshot: int = 0,
     batch_size: int = 16,
 ) -> MultipleChoiceResult:
-    """Accuracy of a model on multiple-choice benchmarks with 0 shots.
+    """Accuracy of a model on multiple-choice benchmarks, asked without examples but for MMLU.
 
     Tasks whose text is in the built-in calibration corpus (boolq, sciq) are not in the default list.
 
@@ -119,8 +120,10 @@ def evaluate_multiple_choice(
         model: causal language model; its training flags are restored afterwards.
         tokenizer: of the model. It adds the special tokens it adds by default, as in lm-eval.
         tasks: keys of `TASKS`; by default the seven commonsense tasks.
-        limit: ask only the first so many questions of each task, the same for every model.
+        limit: ask only the first so many questions of each task, of MMLU each subject, the same for every
+            model.
         questions: "even" or "odd": ask every other question alone, the first so many of those.
+        num_fewshot: solved examples in front of each question of MMLU, up to 5; 0 for every other task.
         batch_size: 256 tokens each, padding included, that are read at a time; does not change the result.
     Raises:
         ValueError: a task is unknown, an argument is out of range, or the tokenizer does not belong to the
@@ -132,7 +135,7 @@ def evaluate_multiple_choice(
         raise ValueError(f"unknown tasks {unknown}; expected at least one of {', '.join(TASKS)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected at least 1")
-    asked = [load_items(name, limit=limit, questions=questions) for name in tasks]
+    asked = [load_items(name, limit=limit, questions=questions, num_fewshot=num_fewshot) for name in tasks]
     scores = iter(
         score_items(model, tokenizer, [item for items in asked for item in items], batch_size=batch_size)
     )
@@ -149,19 +152,37 @@ def evaluate_multiple_choice(
     return MultipleChoiceResult(tuple(results), mean, stderr, mean_norm, stderr_norm, limit, questions)
 
 
-def load_items(name: str, *, limit: int | None = None, questions: Questions = "all") -> list[Item]:
+def load_items(
+    name: str, *, limit: int | None = None, questions: Questions = "all", num_fewshot: int = 0
+) -> list[Item]:
     """The questions of a task that `evaluate_multiple_choice` asks.
 
     Raises:
-        ValueError: there are none, or `questions` is not one of the choices.
+        ValueError: there are none, `questions` is not one of the choices, or there are no such examples.
         AssetError: they could not be fetched.
     """
     if questions not in _HALVES:
         raise ValueError(f"questions is {questions!r}; expected one of {', '.join(_HALVES)}")
-    rows = load_benchmark(name)[_HALVES[questions]][:limit]
+    most = MMLU_EXAMPLES if name == "mmlu" else 0
+    if not 0 <= num_fewshot <= most:
+        raise ValueError(f"num_fewshot is {num_fewshot}; expected 0 to {most} for {name}")
+    if name == "mmlu":
+        rows = _mmlu_rows(limit, questions, num_fewshot)
+    else:
+        rows = load_benchmark(name)[_HALVES[questions]][:limit]
     if not rows:
         raise ValueError(f"{name} has no {questions} questions")
     return [TASKS[name].item(row) for row in rows]
+
+
+def _mmlu_rows(limit: int | None, questions: Questions, num_fewshot: int) -> list[dict[str, Any]]:
+    """Rows of every subject, with the first of its examples."""
+    examples, tested = load_mmlu("dev"), load_mmlu("test")
+    chosen = []
+    for subject in dict.fromkeys(row["subject"] for row in tested):
+        solved, rows = ([row for row in part if row["subject"] == subject] for part in (examples, tested))
+        chosen += [{**row, "examples": solved[:num_fewshot]} for row in rows[_HALVES[questions]][:limit]]
+    return chosen
 
 
 def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, float]:

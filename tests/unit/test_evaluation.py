@@ -365,6 +365,25 @@ ROWS: dict[str, tuple[Row, list[tuple[str, str]], tuple[int, ...], int]] = {
         (1,) * 5,
         3,
     ),
+    "mmlu": (
+        {
+            "question": " Q? ",
+            "subject": "high_school_physics",
+            "choices": ["w", " x", "y", "z"],
+            "answer": 2,
+            "examples": [{"question": "E?", "choices": ["a", "b", "c", "d"], "answer": 1}],
+        },
+        [
+            (
+                "The following are multiple choice questions (with answers) about high school physics.\n\n"
+                "E?\nA. a\nB. b\nC. c\nD. d\nAnswer: B\n\nQ?\nA. w\nB.  x\nC. y\nD. z\nAnswer:",
+                f" {letter}",
+            )
+            for letter in "ABCD"
+        ],
+        (1,) * 4,
+        2,
+    ),
 }
 
 
@@ -518,6 +537,33 @@ def test_halves_of_the_questions(
         evaluate_multiple_choice(model, tokenizer, ["piqa"], questions="prime")  # type: ignore[arg-type]
 
 
+def test_questions_of_mmlu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(split: str) -> list[Row]:
+        return [
+            {
+                "question": f"{split} {subject} {i}?",
+                "subject": subject,
+                "choices": list("wxyz"),
+                "answer": i % 4,
+            }
+            for subject in ("law", "art")
+            for i in range(5)
+        ]
+
+    monkeypatch.setattr(multiple_choice, "load_mmlu", load)
+    items = multiple_choice.load_items("mmlu", limit=2, questions="odd", num_fewshot=3)  # of each subject
+    assert [item.gold for item in items] == [1, 3] * 2
+    for item, subject in zip(items, ("law", "law", "art", "art"), strict=True):
+        text = item.contexts[0]
+        assert [text.count(f"dev {subject} {i}?") for i in range(5)] == [1, 1, 1, 0, 0]
+        assert text.count(f"test {subject} {item.gold}?") == 1
+        assert text.count("?") == 4
+    assert len(multiple_choice.load_items("mmlu")) == 10
+    for name, shots, most in (("mmlu", 6, 5), ("piqa", 1, 0)):
+        with pytest.raises(ValueError, match=f"num_fewshot is {shots}; expected 0 to {most} for {name}"):
+            multiple_choice.load_items(name, num_fewshot=shots)
+
+
 def test_evaluation_end_to_end(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -546,9 +592,9 @@ def test_paired_difference() -> None:
 
 def test_arguments_of_multiple_choice(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(
-        ValueError, match=r"unknown tasks \['mmlu'\]; expected at least one of hellaswag, piqa"
+        ValueError, match=r"unknown tasks \['other'\]; expected at least one of hellaswag, piqa"
     ):
-        evaluate_multiple_choice(model, tokenizer, ["piqa", "mmlu"])
+        evaluate_multiple_choice(model, tokenizer, ["piqa", "other"])
     with pytest.raises(ValueError, match="expected at least one of"):
         evaluate_multiple_choice(model, tokenizer, [])
     with pytest.raises(ValueError, match="limit is 0; expected at least 1"):
