@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 from pathlib import Path
 
@@ -100,7 +101,7 @@ metric_list: [{{metric: acc}}]
     assert own.metrics == {"acc": sum(right) / 4}
     assert own.stderr.keys() == {"acc"}
     assert json.loads(output.read_text())["lm_eval"][0]["metrics"] == own.metrics
-    console = Console(width=100, record=True, quiet=True)
+    console = Console(width=100, file=io.StringIO())
     show_evaluated(console, result)
-    assert "own" in (shown := console.export_text())
+    assert "own" in (shown := console.file.getvalue())
     assert f"{own.metrics['acc']:.3f}" in shown
