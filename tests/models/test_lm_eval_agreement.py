@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapt_pruner.assets import load_benchmark, load_mmlu, resolve_model
-from adapt_pruner.evaluation import COMMONSENSE_TASKS, evaluate_multiple_choice
-from adapt_pruner.evaluation.multiple_choice import load_items, score_items
+from adapt_pruner.evaluation import COMMONSENSE_TASKS, evaluate_multiple_choice, multiple_choice
 
 lm_eval = pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.real_model
@@ -27,7 +27,7 @@ FILES = {
     "openbookqa": "openbookqa/openbookqa.yaml",
     "social_iqa": "siqa/siqa.yaml",
 }
-SUBJECTS = ("abstract_algebra", "high_school_physics")  # short ones
+SUBJECTS = ("abstract_algebra", "global_facts")  # short ones, in the order of their names
 MMLU_ITEMS = 2
 
 
@@ -81,19 +81,28 @@ def test_same_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )["samples"]
     samples = {name: sorted(rows, key=lambda row: row["doc_id"]) for name, rows in found.items()}
 
-    items = [item for name in COMMONSENSE_TASKS for item in load_items(name, limit=ITEMS)]
-    theirs = [sample for name in COMMONSENSE_TASKS for sample in samples[f"local_{name}"]]
-    examples = load_items("mmlu", limit=MMLU_ITEMS, num_fewshot=5)
-    for subject in SUBJECTS:
-        items += [item for item in examples if f"about {subject.replace('_', ' ')}." in item.contexts[0]]
-        theirs += samples[f"local_{subject}"]
-    assert len(items) == len(theirs) == 7 * ITEMS + 2 * MMLU_ITEMS
-    for scores, sample in zip(score_items(model, tokenizer, items), theirs, strict=True):
-        assert scores == pytest.approx([response[0] for response in sample["filtered_resps"]], abs=1e-3)
+    scores: list[list[float]] = []
+    score_items = multiple_choice.score_items
 
-    ours = evaluate_multiple_choice(model, tokenizer, limit=ITEMS)
-    for result in ours.tasks:
-        rows = samples[f"local_{result.task}"]
+    def record(*args: Any, **options: Any) -> list[list[float]]:
+        scores.extend(seen := score_items(*args, **options))
+        return seen
+
+    monkeypatch.setattr(multiple_choice, "score_items", record)
+    ours = evaluate_multiple_choice(model, tokenizer, limit=ITEMS).tasks
+    few = {
+        split: [row for row in load_mmlu(split) if row["subject"] in SUBJECTS] for split in ("dev", "test")
+    }
+    monkeypatch.setattr(multiple_choice, "load_mmlu", few.__getitem__)
+    ours += evaluate_multiple_choice(model, tokenizer, ["mmlu"], limit=MMLU_ITEMS, num_fewshot=5).tasks
+
+    theirs = {name: samples[f"local_{name}"] for name in COMMONSENSE_TASKS}
+    theirs["mmlu"] = [sample for subject in SUBJECTS for sample in samples[f"local_{subject}"]]
+    assert [len(rows) for rows in theirs.values()] == [ITEMS] * 7 + [MMLU_ITEMS * 2]
+    flat = [sample for rows in theirs.values() for sample in rows]
+    for seen, sample in zip(scores, flat, strict=True):
+        assert seen == pytest.approx([response[0] for response in sample["filtered_resps"]], abs=1e-3)
+    for result, rows in zip(ours, theirs.values(), strict=True):
         assert list(result.correct) == [row["acc"] == 1 for row in rows]
         if result.correct_norm is not None:
             assert list(result.correct_norm) == [row["acc_norm"] == 1 for row in rows]
