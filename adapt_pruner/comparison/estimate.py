@@ -17,6 +17,7 @@ from adapt_pruner.checkpoint import Checkpoint, open_checkpoint
 from adapt_pruner.comparison.rows import Row
 from adapt_pruner.config import CompareConfig, PruneConfig
 from adapt_pruner.engines.in_memory import InMemoryEngine
+from adapt_pruner.evaluation.multiple_choice import tokens_read
 from adapt_pruner.evaluation.tasks import Item
 from adapt_pruner.families import find_family, layer_widths
 from adapt_pruner.iteration import SEARCHED
@@ -33,7 +34,8 @@ _PROBE = 256  # tokens of the forward pass that is timed
 
 @dataclass(frozen=True)
 class Workload:
-    """Tokens that the evaluation of a model reads: of the text, and of each task with its choices."""
+    """Tokens that the evaluation of a model reads: of the text, and of each task with its choices, those that
+    begin alike being read once."""
 
     text: int
     tasks: Mapping[str, int]
@@ -54,14 +56,7 @@ class Workload:
         text = min(tokens, config.max_tokens or tokens)
         if config.stride:  # every window is read as a whole
             text = max(text, math.ceil(max(0, text - config.context) / config.stride + 1) * config.context)
-        tasks = {}
-        for name, questions in items.items():
-            texts = [
-                context + continuation
-                for item in questions
-                for context, continuation in zip(item.contexts, item.continuations, strict=True)
-            ]
-            tasks[name] = sum(map(len, tokenizer(texts, verbose=False)["input_ids"]))
+        tasks = {name: tokens_read(tokenizer, questions) for name, questions in items.items()}
         return cls(text, tasks)
 
 

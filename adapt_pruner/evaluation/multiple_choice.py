@@ -1,22 +1,34 @@
-"""Zero-shot multiple-choice accuracy by log-likelihood, with the prompts and scores of lm-eval 0.4."""
+"""Multiple-choice accuracy by log-likelihood, with the prompts and scores of lm-eval 0.4."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
-from adapt_pruner.assets import load_benchmark
+from adapt_pruner.assets import load_benchmark, load_mmlu
 from adapt_pruner.data import check_vocabulary
-from adapt_pruner.evaluation.log_probabilities import check_logits, evaluating, token_log_probabilities
-from adapt_pruner.evaluation.tasks import COMMONSENSE_TASKS, TASKS, Item, Task
+from adapt_pruner.evaluation.log_probabilities import (
+    check_logits,
+    evaluating,
+    longest_shared,
+    token_log_probabilities,
+)
+from adapt_pruner.evaluation.shared_rows import Batch, batches, shared_rows
+from adapt_pruner.evaluation.tasks import COMMONSENSE_TASKS, MMLU_EXAMPLES, TASKS, Item, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_TOKENS = 256  # of a sequence of `batch_size`
+_TEXTS = 4096  # that are tokenised at a time
 
 Questions = Literal["all", "even", "odd"]
 _HALVES: dict[Questions, slice] = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
@@ -78,16 +90,16 @@ class MultipleChoiceResult:
 
 
 @dataclass(frozen=True)
-class _Request:
+class Request:
     """One choice as token ids: the continuation is predicted while `read` is being read.
 
     Args:
-        read: context and continuation without the last token.
+        read: context and continuation without the last token, [length], int32.
         targets: the continuation; its last token follows the last one of `read`.
     """
 
-    read: tuple[int, ...]
-    targets: tuple[int, ...]
+    read: np.ndarray
+    targets: np.ndarray
 
 
 def evaluate_multiple_choice(
@@ -97,9 +109,10 @@ def evaluate_multiple_choice(
     *,
     limit: int | None = None,
     questions: Questions = "all",
+    num_fewshot: int = 0,
     batch_size: int = 16,
 ) -> MultipleChoiceResult:
-    """Accuracy of a model on multiple-choice benchmarks with 0 shots.
+    """Accuracy of a model on multiple-choice benchmarks, asked without examples but for MMLU.
 
     Tasks whose text is in the built-in calibration corpus (boolq, sciq) are not in the default list.
 
@@ -107,9 +120,11 @@ def evaluate_multiple_choice(
         model: causal language model; its training flags are restored afterwards.
         tokenizer: of the model. It adds the special tokens it adds by default, as in lm-eval.
         tasks: keys of `TASKS`; by default the seven commonsense tasks.
-        limit: ask only the first so many questions of each task, the same for every model.
+        limit: ask only the first so many questions of each task, of MMLU each subject, the same for every
+            model.
         questions: "even" or "odd": ask every other question alone, the first so many of those.
-        batch_size: sequences at a time; does not change the result.
+        num_fewshot: solved examples in front of each question of MMLU, up to 5; 0 for every other task.
+        batch_size: 256 tokens each, padding included, that are read at a time; does not change the result.
     Raises:
         ValueError: a task is unknown, an argument is out of range, or the tokenizer does not belong to the
             model.
@@ -120,12 +135,14 @@ def evaluate_multiple_choice(
         raise ValueError(f"unknown tasks {unknown}; expected at least one of {', '.join(TASKS)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected at least 1")
-    results = []
-    for name in tasks:
-        items = load_items(name, limit=limit, questions=questions)
-        results.append(
-            _result(TASKS[name], items, score_items(model, tokenizer, items, batch_size=batch_size))
-        )
+    asked = [load_items(name, limit=limit, questions=questions, num_fewshot=num_fewshot) for name in tasks]
+    scores = iter(
+        score_items(model, tokenizer, [item for items in asked for item in items], batch_size=batch_size)
+    )
+    results = [
+        _result(TASKS[name], items, list(itertools.islice(scores, len(items))))
+        for name, items in zip(tasks, asked, strict=True)
+    ]
     normalised = [(r.accuracy, r.accuracy_stderr) for r in results]
     for i, result in enumerate(results):
         if result.accuracy_norm is not None:
@@ -135,19 +152,37 @@ def evaluate_multiple_choice(
     return MultipleChoiceResult(tuple(results), mean, stderr, mean_norm, stderr_norm, limit, questions)
 
 
-def load_items(name: str, *, limit: int | None = None, questions: Questions = "all") -> list[Item]:
+def load_items(
+    name: str, *, limit: int | None = None, questions: Questions = "all", num_fewshot: int = 0
+) -> list[Item]:
     """The questions of a task that `evaluate_multiple_choice` asks.
 
     Raises:
-        ValueError: there are none, or `questions` is not one of the choices.
+        ValueError: there are none, `questions` is not one of the choices, or there are no such examples.
         AssetError: they could not be fetched.
     """
     if questions not in _HALVES:
         raise ValueError(f"questions is {questions!r}; expected one of {', '.join(_HALVES)}")
-    rows = load_benchmark(name)[_HALVES[questions]][:limit]
+    most = MMLU_EXAMPLES if name == "mmlu" else 0
+    if not 0 <= num_fewshot <= most:
+        raise ValueError(f"num_fewshot is {num_fewshot}; expected 0 to {most} for {name}")
+    if name == "mmlu":
+        rows = _mmlu_rows(limit, questions, num_fewshot)
+    else:
+        rows = load_benchmark(name)[_HALVES[questions]][:limit]
     if not rows:
         raise ValueError(f"{name} has no {questions} questions")
     return [TASKS[name].item(row) for row in rows]
+
+
+def _mmlu_rows(limit: int | None, questions: Questions, num_fewshot: int) -> list[dict[str, Any]]:
+    """Rows of every subject, with the first of its examples."""
+    examples, tested = load_mmlu("dev"), load_mmlu("test")
+    chosen = []
+    for subject in dict.fromkeys(row["subject"] for row in tested):
+        solved, rows = ([row for row in part if row["subject"] == subject] for part in (examples, tested))
+        chosen += [{**row, "examples": solved[:num_fewshot]} for row in rows[_HALVES[questions]][:limit]]
+    return chosen
 
 
 def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, float]:
@@ -180,7 +215,7 @@ def score_items(
 ) -> list[list[float]]:
     """Log-likelihood of every choice of every question, in nats.
 
-    Choices whose tokens differ only in the last one share one pass through the model.
+    What choices begin with in common is read once, where the model allows it.
 
     Args:
         model, tokenizer, batch_size: as for `evaluate_multiple_choice`.
@@ -195,72 +230,77 @@ def score_items(
     config: Any = model.config.get_text_config()
     check_vocabulary(tokenizer, config.vocab_size)
     check_logits(model)
-    longest = getattr(config, "max_position_embeddings", None)
-    requests = [
-        _encode(tokenizer, context, continuation, longest)
+    requests = encode(tokenizer, items, getattr(config, "max_position_embeddings", None))
+    rows = shared_rows([request.read for request in requests], longest_shared(model))
+    scores = [0.0] * len(requests)
+    with evaluating(model):
+        for batch in batches(rows, batch_size * _TOKENS):
+            for index, score in _score(model, requests, batch):
+                scores[index] = score
+    ordered = iter(scores)
+    return [list(itertools.islice(ordered, len(item.continuations))) for item in items]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], longest: int | None) -> list[Request]:
+    """Every choice of every item as tokens, split where the tokens of the context alone end.
+
+    Args:
+        longest: tokens that the model can read; longer contexts are cut on the left.
+    Raises:
+        ValueError: a continuation without tokens, or with more than can be read.
+    """
+    pairs = [
+        (context.rstrip(), context[len(context.rstrip()) :] + continuation)
         for item in items
         for context, continuation in zip(item.contexts, item.continuations, strict=True)
     ]
-    with evaluating(model):
-        scores = iter(_score(model, requests, batch_size))
-    return [[next(scores) for _ in item.continuations] for item in items]
+    requests = []
+    for start in range(0, len(pairs), _TEXTS):
+        part = pairs[start : start + _TEXTS]
+        texts = list(dict.fromkeys(text for before, after in part for text in (before, before + after)))
+        ids: Any = tokenizer(texts, verbose=False)["input_ids"]
+        tokens = {text: np.array(row, np.int32) for text, row in zip(texts, ids, strict=True)}
+        for before, after in part:
+            assert before, "a context must have text"
+            whole = tokens[before + after]
+            targets = whole[len(tokens[before]) :]
+            if not len(targets) or (longest is not None and len(targets) > longest):
+                raise ValueError(
+                    f"the continuation {after!r} has {len(targets)} tokens after {before[-40:]!r}; expected "
+                    f"1 to {longest}"
+                )
+            requests.append(Request(whole[:-1] if longest is None else whole[:-1][-longest:], targets))
+    return requests
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, longest: int | None
-) -> _Request:
-    """Tokens of a context and its continuation, split where the tokens of the context alone end."""
-    stripped = context.rstrip()
-    assert stripped, "a context must have text"
-    continuation = context[len(stripped) :] + continuation
-    whole = tokenizer.encode(stripped + continuation)
-    targets = whole[len(tokenizer.encode(stripped)) :]
-    if not targets or (longest is not None and len(targets) > longest):
-        raise ValueError(
-            f"the continuation {continuation!r} has {len(targets)} tokens after {stripped[-40:]!r}; expected "
-            f"1 to {longest}"
-        )
-    read = whole[:-1] if longest is None else whole[:-1][-longest:]
-    return _Request(tuple(read), tuple(targets))
+def tokens_read(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> int:
+    """Tokens that a model without a window reads to score the items, without padding."""
+    requests = encode(tokenizer, items, None)
+    return sum(len(row.tokens) for row in shared_rows([request.read for request in requests], sys.maxsize))
 
 
-def _score(model: PreTrainedModel, requests: Sequence[_Request], batch_size: int) -> list[float]:
-    sharing: dict[tuple[int, ...], list[int]] = {}
-    for index, request in enumerate(requests):
-        sharing.setdefault(request.read, []).append(index)
-    # Longest first: sequences of a batch are of similar length, and memory runs out at the start if at all.
-    ordered = sorted(sharing, key=lambda read: (-len(read), read))
-    scores = [0.0] * len(requests)
-    for start in range(0, len(ordered), batch_size):
-        batch = ordered[start : start + batch_size]
-        for index, score in _score_batch(model, requests, batch, [sharing[read] for read in batch]):
-            scores[index] = score
-    return scores
-
-
-def _score_batch(
-    model: PreTrainedModel,
-    requests: Sequence[_Request],
-    batch: Sequence[tuple[int, ...]],
-    sharing: Sequence[Sequence[int]],
-) -> Iterator[tuple[int, float]]:
-    inputs = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.int64)
-    rows: list[int] = []
-    columns: list[int] = []
-    targets: list[int] = []
-    for row, (read, indices) in enumerate(zip(batch, sharing, strict=True)):
-        inputs[row, : len(read)] = torch.tensor(read)
-        for index in indices:
-            wanted = requests[index].targets
-            rows += [row] * len(wanted)
-            columns += range(len(read) - len(wanted), len(read))
-            targets += wanted
+def _score(model: PreTrainedModel, requests: Sequence[Request], batch: Batch) -> Iterator[tuple[int, float]]:
+    """Index and log-likelihood of every request in a batch."""
+    rows: list[np.ndarray] = []
+    columns: list[np.ndarray] = []
+    wanted: list[np.ndarray] = []
+    indices: list[int] = []
+    for number, row in enumerate(batch.rows):
+        for index, path in zip(row.sequences, row.paths, strict=True):
+            targets = requests[index].targets
+            rows.append(np.full(len(targets), number))
+            columns.append(path[-len(targets) :])
+            wanted.append(targets.astype(np.int64))
+            indices.append(index)
     scored = token_log_probabilities(
-        model, inputs, torch.tensor(rows), torch.tensor(columns), torch.tensor(targets)
+        model,
+        batch.tokens,
+        *(torch.from_numpy(np.concatenate(parts)) for parts in (rows, columns, wanted)),
+        positions=batch.positions,
+        seen=batch.seen,
     ).cpu()
-    flat = [index for indices in sharing for index in indices]
-    pieces = scored.split([len(requests[index].targets) for index in flat])
-    return ((index, float(piece.sum())) for index, piece in zip(flat, pieces, strict=True))
+    pieces = scored.split(list(map(len, wanted)))
+    return ((index, float(piece.sum())) for index, piece in zip(indices, pieces, strict=True))
 
 
 def _result(task: Task, items: Sequence[Item], scores: Sequence[Sequence[float]]) -> TaskResult:

@@ -1,6 +1,7 @@
 """Multiple-choice tasks as data: how a row of a benchmark becomes contexts, continuations and an answer.
 
-Prompts are those of lm-eval 0.4 with 0 shots, so that its published numbers can be compared with ours.
+Prompts are those of lm-eval 0.4, with 0 shots but for MMLU, so that its published numbers can be compared
+with ours.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Task:
     """A benchmark.
 
     Args:
-        name: as in lm-eval and `assets.BENCHMARKS`.
+        name: as in lm-eval and, but for MMLU, `assets.BENCHMARKS`.
         item: makes a question of a row.
         normalised: lm-eval also reports the accuracy by log-likelihood per character (`acc_norm`).
         in_default_corpus: its text is part of the built-in calibration corpus, so that its score says nothing
@@ -129,6 +130,22 @@ def _commonsense_qa(row: Row) -> Item:
     return _question(context, letters, letters.index(row["answerKey"]))
 
 
+def _mmlu(row: Row) -> Item:
+    """Behind the solved examples of the subject that the row carries."""
+    subject = row["subject"].replace("_", " ")
+    head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+    solved = "".join(f"{_mmlu_text(e)} {_LETTERS[e['answer']]}\n\n" for e in row["examples"])
+    return _question(head + solved + _mmlu_text(row), list(_LETTERS), row["answer"])
+
+
+_LETTERS = "ABCD"
+
+
+def _mmlu_text(row: Row) -> str:
+    options = "".join(f"{letter}. {text}\n" for letter, text in zip(_LETTERS, row["choices"], strict=True))
+    return f"{row['question'].strip()}\n{options}Answer:"
+
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -143,8 +160,11 @@ TASKS: dict[str, Task] = {
         Task("sciq", _sciq, normalised=True, in_default_corpus=True),
         Task("copa", _copa, normalised=False),
         Task("commonsense_qa", _commonsense_qa, normalised=False),
+        Task("mmlu", _mmlu, normalised=False),
     )
 }
+
+MMLU_EXAMPLES = 5  # that there are of each subject
 
 COMMONSENSE_TASKS: tuple[str, ...] = (
     "arc_easy",

@@ -156,6 +156,17 @@ def show_evaluated(console: Console, result: EvaluationResult) -> None:
             "",
         )
         console.print(table)
+    if result.lm_eval:
+        table = Table(
+            "task", "items", "shots", "metric", "value", title=f"{escape(result.model)}, by lm-eval"
+        )
+        for found in result.lm_eval:
+            first = [found.task, *("" if n is None else str(n) for n in (found.items, found.num_fewshot))]
+            for metric, value in found.metrics.items():
+                cells = map(escape, [*first, metric])
+                table.add_row(*cells, _with_error(value, found.stderr.get(metric)))
+                first = ["", "", ""]
+        console.print(table)
 
 
 def show_compared(console: Console, result: ComparisonResult) -> None:

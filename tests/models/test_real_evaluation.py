@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from adapt_pruner.assets import BENCHMARKS, load_benchmark, resolve_model
 from adapt_pruner.data import PARTS, load_documents, part_of, prefix_token, sample_sequences, tokenize
 from adapt_pruner.evaluation import TASKS, evaluate_multiple_choice, evaluate_perplexity
+from adapt_pruner.evaluation.multiple_choice import load_items
 
 pytestmark = pytest.mark.real_model
 
@@ -78,6 +79,14 @@ def test_every_row_becomes_an_item(task: str) -> None:
         item = TASKS[task].item(row)
         assert 0 <= item.gold < len(item.continuations) == len(item.contexts) == len(item.lengths) >= 2
         assert all(context.strip() for context in item.contexts)
+
+
+def test_mmlu() -> None:
+    """57 subjects, each with five examples to put in front of its questions."""
+    assert len(load_items("mmlu")) == 14042
+    items = load_items("mmlu", limit=1, num_fewshot=5)
+    assert len(items) == 57
+    assert all(item.contexts[0].count("\nAnswer:") == 6 for item in items)
 
 
 def test_default_corpus(tokenizer: PreTrainedTokenizerBase) -> None:

