@@ -319,8 +319,8 @@ class CompareConfig:
             adapt-pruner+:compensation=none:num-sequences=16; a list has slashes for commas.
         targets: fractions of the parameters to keep, separated by commas.
         target_of: what they refer to: all parameters, or those outside embedding and head.
-        baseline: method that the mean accuracy of the others is compared with, question by question;
-            adapt-pruner where it is compared, else the first one, if not given.
+        baseline: method that the mean accuracy of the others is compared with, question by question; that
+            of the calls before, adapt-pruner where it is compared, else the first one, if not given.
         page: .md file to write the page to as well, once the last row is done, its .csv and .png beside it.
         iterations: pruning rounds that would remove everything; each method's own if not given.
         calibration: calibration text of all methods, as for `prune`.
@@ -338,7 +338,7 @@ class CompareConfig:
         max_tokens: use only the first tokens of the text.
         tasks: multiple-choice benchmarks, separated by commas; "commonsense" stands for the seven
             commonsense tasks. Empty for none.
-        limit: items per task, from its start.
+        limit: items per task, of mmlu per subject, from its start.
         questions: "even" or "odd": every other item of each task alone, so that one half can choose settings
             and the other half report.
         batch_size: windows of text, or as often 256 tokens of tasks, per forward pass of the evaluation.

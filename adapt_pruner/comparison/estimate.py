@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from adapt_pruner.scoring import Estimator
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PROBE = 256  # tokens of the forward pass that is timed
+_PROBE = 512  # tokens of the passes that are timed
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Rates:
-    """Of a model: seconds to load it, and tokens per second that it reads, predicts, and scores units by.
+    """Of a model: seconds to load it, and tokens per second that it reads and predicts.
 
-    `beside` has the seconds that each method takes in a round beside these passes.
+    `scoring` has by method what it takes to score units by it: seconds, whatever the text, and seconds per
+    token.
     """
 
     loading: float
     reading: float
     predicting: float
-    scoring: float
-    beside: Mapping[str, float]
-
-    def passes(self, estimator: Estimator | None) -> float:
-        """Tokens per second of the passes of a round, which have gradients where the estimator needs them."""
-        return self.scoring if estimator is not None and estimator.loss is not None else self.predicting
+    scoring: Mapping[str, tuple[float, float]]
 
 
 def estimate(rows: Sequence[Row], workloads: Mapping[str, Workload]) -> tuple[Estimate, ...]:
@@ -107,13 +104,14 @@ def estimate(rows: Sequence[Row], workloads: Mapping[str, Workload]) -> tuple[Es
 def _estimate(row: Row, work: Workload, rates: _Rates) -> Estimate:
     pruning = 0.0
     if row.prune is not None:
-        config, estimator = _resolved(row)
+        config, _ = _resolved(row)
         assert config.num_sequences is not None  # resolved
-        seconds = config.num_sequences * config.sequence_length / rates.passes(estimator)
+        constant, of_token = rates.scoring.get(row.method, (0.0, 1 / rates.predicting))
+        seconds = constant + config.num_sequences * config.sequence_length * of_token
         if config.allocation == "search":
             sequences = config.search_evaluations * min(SEARCHED, config.num_sequences)
             seconds += sequences * config.sequence_length / rates.predicting
-        pruning = _rounds(row) * (seconds + rates.beside.get(row.method, 0.0))
+        pruning = _rounds(row) * seconds
     models = 1 if row.prune is None else 2
     text = work.text if row.evaluate["data"] != "none" else 0
     evaluation = text / rates.predicting + sum(work.tasks[name] for name in row.tasks) / rates.reading
@@ -176,7 +174,7 @@ def _left(budget: UnitBudget, layer: Mapping[str, int], sparsity: float) -> dict
 
 
 def _measure(rows: Sequence[Row]) -> _Rates:
-    """Rates of the model of these rows, each of the second of two passes."""
+    """Rates of the model of these rows."""
     row = rows[0]
     started = time.perf_counter()
     device, dtype = row.evaluate["device"], row.evaluate["dtype"]
@@ -192,41 +190,42 @@ def _measure(rows: Sequence[Row]) -> _Rates:
         with torch.inference_mode():
             float(model(input_ids=here, use_cache=False)[0].sum())  # waits for the device
 
-    speeds = []
-    for run in (
-        lambda: predict(engine.model.base_model),
-        lambda: predict(engine.model),
-        lambda: engine.score(tokens, micro_batch_size=len(tokens)),
-    ):
-        for _ in range(2):
-            began = time.perf_counter()
-            run()
-            taken = time.perf_counter() - began
-        speeds.append(tokens.numel() / taken)
-    reading, predicting, scoring = speeds
-    rates = _Rates(loading, reading, predicting, scoring, {})
-    beside = {}
+    reading, predicting = (
+        tokens.numel() / _seconds(predict, model) for model in (engine.model.base_model, engine.model)
+    )
+    scoring = {}
     for row in {row.method: row for row in rows if row.prune is not None}.values():
         config, estimator = _resolved(row)
         if estimator is not None:
-            passes = tokens.numel() / rates.passes(estimator)
-            beside[row.method] = _beside(config, estimator, engine, tokens, passes)
-    return replace(rates, beside=beside)
+            with contextlib.suppress(ValueError):  # not for this model, as its row will say
+                scoring[row.method] = _scoring(config, estimator, engine, tokens)
+    return _Rates(loading, reading, predicting, scoring)
 
 
-def _beside(
-    config: PruneConfig, estimator: Estimator, engine: InMemoryEngine, tokens: Tensor, passes: float
-) -> float:
-    """Seconds that scores by these settings take beyond those of the passes."""
-    began = time.perf_counter()
-    try:
-        engine.score(
-            tokens,
-            micro_batch_size=len(tokens),
+def _seconds(run: Callable[[Any], object], of: Any) -> float:
+    """Of the second of two runs."""
+    for _ in range(2):
+        began = time.perf_counter()
+        run(of)
+        taken = time.perf_counter() - began
+    return taken
+
+
+def _scoring(
+    config: PruneConfig, estimator: Estimator, engine: InMemoryEngine, tokens: Tensor
+) -> tuple[float, float]:
+    """Seconds that scores by these settings take whatever the text, and seconds per token."""
+
+    def score(part: Tensor) -> object:
+        return engine.score(
+            part,
+            micro_batch_size=len(part),
             estimator=estimator,
             grams=config.compensation == "least_squares",
             means=config.compensation == "bias",
         )
-    except ValueError:  # not for this model, as its row will say
-        return 0.0
-    return max(0.0, time.perf_counter() - began - passes)
+
+    half = tokens[: len(tokens) // 2]
+    short, long = (_seconds(score, part) for part in (half, tokens))
+    of_token = max(0.0, long - short) / (tokens.numel() - half.numel())
+    return max(0.0, long - tokens.numel() * of_token), of_token

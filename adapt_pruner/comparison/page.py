@@ -11,7 +11,7 @@ from adapt_pruner.checkpoint import write_text
 from adapt_pruner.comparison.paths import without_paths
 from adapt_pruner.comparison.rows import DENSE, Row
 from adapt_pruner.comparison.table import MEANS, Line, table, tasks_of, to_csv
-from adapt_pruner.comparison.variants import curve_name
+from adapt_pruner.comparison.variants import curve_name, method_name
 from adapt_pruner.report.plots import plot_calibration, plot_comparison
 
 _OFF = 0.005  # of its target, beyond which the share that a row keeps is noted
@@ -112,7 +112,10 @@ def _summary(rows: Sequence[Row], lines: Sequence[Line], share: str) -> str:
         measured.append(f"accuracy on {len(tasks)} task{'s' * (len(tasks) > 1)}")
     pruned = ""
     if methods:
-        ways = f"{len(methods)} method{'s' * (len(methods) > 1)}"
+        kinds = {method_name(method) for method in methods}
+        ways = f"{len(kinds)} method{'s' * (len(kinds) > 1)}"
+        if len(methods) > len(kinds):
+            ways += f" in {len(methods)} variants"
         pruned = f" and pruned by {ways} to {', '.join(f'{t:g}' for t in targets)} of {share}"
     minutes = sum(result["wall_seconds"] for row in rows for result in row.results.values()) / 60
     return (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 def shown_path(text: str) -> str:
     """An absolute path from the working directory on, or its name if it lies elsewhere; other text as is."""
-    path = Path(text)
+    path = Path(text).expanduser()
     if not path.is_absolute():
         return text
     here = Path.cwd()
@@ -19,10 +19,10 @@ def shown_path(text: str) -> str:
 
 def shown_setting(text: str) -> str:
     """The same, and of a file elsewhere also what is in it, as its name alone does not say which it is."""
-    path, shown = Path(text), shown_path(text)
-    if not path.is_absolute() or path.is_relative_to(Path.cwd()) or not path.is_file():
-        return shown
-    return f"{shown} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()})"
+    path = Path(text).expanduser()
+    if not path.is_file() or path.resolve().is_relative_to(Path.cwd()):
+        return shown_path(text)
+    return f"{path.name} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()})"
 
 
 def shown_models(models: Iterable[str], earlier: Mapping[str, str]) -> dict[str, str]:
@@ -43,4 +43,5 @@ def shown_models(models: Iterable[str], earlier: Mapping[str, str]) -> dict[str,
 
 def without_paths(text: str) -> str:
     """A message with the name alone of every absolute path in it."""
-    return re.sub(r"(?<![\w./~])/(?!/)(?:[^\s/'\"]+/)*([^\s/'\",;:]+)", r"\1", text)
+    quoted = re.sub(r"(['\"])/(?!/)(?:[^'\"]*/)?([^'\"/]+)\1", r"\1\2\1", text)
+    return re.sub(r"(?<![\w./~])/(?!/)(?:[^\s/'\"]+/)*([^\s/'\",;:]+)", r"\1", quoted)

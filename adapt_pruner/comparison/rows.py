@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,9 +168,6 @@ def requested_rows(config: CompareConfig) -> dict[str, Row]:
         AssetError: a model could not be fetched.
     """
     variants = parse_variants(config.methods, ignored=DENSE)
-    names = [variant.name for variant in variants]
-    if config.baseline and default_baseline(config) not in (DENSE, *names):
-        raise ValueError(f"baseline is {config.baseline!r}, expected one of {names}")
     tasks = task_names(config.tasks)
     if config.data == "none" and not tasks:
         raise ValueError('nothing to compare: data is "none" and no task is named')
@@ -234,13 +231,20 @@ def _file_name(row: Row) -> str:
     return "-".join([model, method, *([] if row.target is None else [f"{row.target:g}"])])
 
 
-def default_baseline(config: CompareConfig) -> str:
+def find_baseline(config: CompareConfig, earlier: Collection[str] = (), before: str | None = None) -> str:
     """The name of the method that others are compared with.
 
+    Args:
+        earlier: methods that are in the comparison already.
+        before: its baseline, which stays if none is given.
     Raises:
-        ValueError: an unknown method.
+        ValueError: an unknown method, or one that is not compared.
     """
+    names = [variant.name for variant in parse_variants(config.methods, ignored=DENSE)]
     if config.baseline:
-        return DENSE if config.baseline == DENSE else Variant.parse(config.baseline).name
-    names = [variant.name for variant in parse_variants(config.methods, ignored=DENSE)] or [DENSE]
-    return "adapt-pruner" if "adapt-pruner" in names else names[0]
+        given = DENSE if config.baseline == DENSE else Variant.parse(config.baseline).name
+        known = list(dict.fromkeys([DENSE, *names, *earlier]))
+        if given not in known:
+            raise ValueError(f"baseline is {config.baseline!r}, expected one of {known}")
+        return given
+    return before or ("adapt-pruner" if "adapt-pruner" in names else [*names, DENSE][0])

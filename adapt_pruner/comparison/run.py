@@ -25,7 +25,7 @@ from adapt_pruner.comparison import row_process
 from adapt_pruner.comparison.estimate import Estimate, Workload, estimate
 from adapt_pruner.comparison.page import read_comparison, write_page
 from adapt_pruner.comparison.paths import shown_models, shown_path, shown_setting
-from adapt_pruner.comparison.rows import Failure, Row, default_baseline, requested_rows
+from adapt_pruner.comparison.rows import Failure, Row, find_baseline, requested_rows
 from adapt_pruner.comparison.table import table
 from adapt_pruner.config import CompareConfig, split_names
 from adapt_pruner.data import check_vocabulary, prefix_token
@@ -78,6 +78,8 @@ def compare(config: CompareConfig) -> ComparisonResult:
         AssetError: a model, text or benchmark could not be fetched.
     """
     rows = requested_rows(config)
+    earlier, info = _earlier(config)
+    baseline = find_baseline(config, [row.method for row in earlier], info.get("baseline"))
     if config.dry_run:
         return ComparisonResult(None, (), estimate(list(rows.values()), _check_inputs(config, rows)))
     output = Path(config.output)
@@ -92,7 +94,7 @@ def compare(config: CompareConfig) -> ComparisonResult:
         page.parent.mkdir(parents=True, exist_ok=True)  # if this fails, then before the first row
     directory = RunDirectory.open(output, config, resume=config.resume, free_to_change=_FREE_TO_CHANGE)
     try:
-        _record_call(config, output, list(rows))
+        _record_call(config, output, list(rows), baseline)
         # Again, now that nobody else writes to them.
         rows = {name: _with_earlier(row, _file(output, name)) for name, row in rows.items()}
         for number, (name, row) in enumerate(rows.items(), 1):
@@ -153,10 +155,17 @@ def _run(row: Row, path: Path) -> None:
         dataclasses.replace(row, failure=failure).save(path)
 
 
-def _record_call(config: CompareConfig, output: Path, names: list[str]) -> None:
+def _earlier(config: CompareConfig) -> tuple[list[Row], dict[str, Any]]:
+    """Rows that are in the output directory already, and what they share."""
+    output = Path(config.output)
+    if not config.output or not (output / "comparison.json").exists():
+        return [], {"calls": [], "rows": []}
+    return read_comparison(output)
+
+
+def _record_call(config: CompareConfig, output: Path, names: list[str], baseline: str) -> None:
     """Everything of the page that no row holds."""
-    path = output / "comparison.json"
-    before = read_comparison(output)[1] if path.exists() else {"calls": [], "rows": []}
+    _, before = _earlier(config)
     settings = dataclasses.asdict(config)
     models = shown_models(split_names(config.models), before.get("models", {}))
     call = _command(config, models)
@@ -166,14 +175,14 @@ def _record_call(config: CompareConfig, output: Path, names: list[str]) -> None:
         "calls": list(dict.fromkeys([*(c for c in before["calls"] if c != lesser), call])),
         "rows": list(dict.fromkeys([*before["rows"], *names])),
         "models": models,
-        "baseline": default_baseline(config),
+        "baseline": baseline,
         "settings": {
             name: shown_setting(value) if isinstance(value, str) else value
             for name, value in settings.items()
             if name not in _FREE_TO_CHANGE
         },
     }
-    write_json(path, info)
+    write_json(output / "comparison.json", info)
     write_text(output / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
 

@@ -59,9 +59,8 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
     model = load_model(checkpoint, device=config.device, dtype=config.dtype)
-    perplexity, multiple_choice = evaluate_model(config, model, tokenizer)
     lm_eval: tuple[LmEvalResult, ...] = ()
-    if manager is not None:
+    if manager is not None:  # first, as it may not reach its questions
         lm_eval = evaluate_lm_eval(
             model,
             tokenizer,
@@ -71,6 +70,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
             limit=config.limit,
             batch_size=config.batch_size,
         )
+    perplexity, multiple_choice = evaluate_model(config, model, tokenizer)
     result = EvaluationResult(
         config.model,
         checkpoint.num_parameters,

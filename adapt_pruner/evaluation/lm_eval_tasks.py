@@ -22,7 +22,7 @@ class LmEvalResult:
     Args:
         task: its name.
         items: number of questions; None for a group.
-        num_fewshot: solved examples in front of each; None for a group.
+        num_fewshot: solved examples in front of each; None for a group whose tasks differ.
         metrics: by name, such as "acc", with the filter of lm-eval behind a comma if it has one.
         stderr: standard errors of those that have one.
     """
@@ -50,7 +50,9 @@ def find_lm_eval_tasks(names: Sequence[str]) -> TaskManager:
     from lm_eval.tasks import TaskManager
 
     files = {name for name in names if Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()}
-    manager = TaskManager(include_defaults=bool(set(names) - files))  # which takes seconds
+    # Its own tasks take seconds to find. A file may name some of them only where it is a group.
+    own = set(names) - files or any("group:" in Path(file).read_text("utf-8") for file in files)
+    manager = TaskManager(include_defaults=bool(own))
     unknown = sorted(set(names) - files - set(manager.all_tasks))
     if unknown:
         raise ValueError(f"unknown tasks {unknown}: neither built in, nor of lm-eval, nor YAML files")

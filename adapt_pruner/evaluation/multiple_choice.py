@@ -124,7 +124,8 @@ def evaluate_multiple_choice(
             model.
         questions: "even" or "odd": ask every other question alone, the first so many of those.
         num_fewshot: solved examples in front of each question of MMLU, up to 5; 0 for every other task.
-        batch_size: 256 tokens each, padding included, that are read at a time; does not change the result.
+        batch_size: 256 tokens each, padding included, that are read at a time. Like other questions that are
+            asked together, it changes log-likelihoods by rounding alone.
     Raises:
         ValueError: a task is unknown, an argument is out of range, or the tokenizer does not belong to the
             model.

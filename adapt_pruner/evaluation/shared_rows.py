@@ -16,7 +16,7 @@ from torch import Tensor
 # A sequence goes into the row of another one where it shares at least this part of itself with it: the rest
 # reads, in vain, a mask over the whole row.
 _SHARED = 0.25
-# Columns of a row with branches: attention takes their square.
+# Columns of a row with branches, or twice those of a sequence if that is more: attention takes their square.
 _COLUMNS = 2048
 # Rows of a batch are at least this part of the longest one, the rest being padding.
 _FILLED = 0.75
@@ -92,8 +92,9 @@ class _Growing:
         if shared == len(self._last) == self._columns:  # goes on where the row ends, or repeats it
             return True
         columns = self._columns + len(sequence) - shared
-        fits = len(sequence) <= longest and len(self._last) <= longest and columns <= _COLUMNS
-        return fits and shared >= _SHARED * len(sequence)
+        allowed = len(sequence) <= longest and len(self._last) <= longest
+        fits = columns <= max(_COLUMNS, 2 * len(sequence))
+        return allowed and fits and shared >= _SHARED * len(sequence)
 
     def add(self, index: int, sequence: np.ndarray) -> None:
         shared = _common(self._last, sequence)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 
 def text_loss(model: nn.Module, sequences: Tensor, labels: int, **kwargs: Any) -> Tensor:
@@ -43,14 +42,22 @@ def drawn_loss(
         generator: on the model's device. Sequences draw one after the other, so that the draws do not depend
             on how many go through together.
     Returns:
-        Two scalars as of `text_loss`.
+        Two scalars as of `text_loss`. Where that of the text is not finite, nothing is drawn: it is both.
     Source: Kunstner et al., arXiv 1905.12558.
     """
     logits = model(input_ids=sequences, use_cache=False, **kwargs).logits[:, :-1].float()
-    drawn = [torch.multinomial(each.detach().softmax(-1), 1, generator=generator) for each in logits]
-    flat = logits.flatten(0, 1)
-    of_drawn, of_text = (
-        functional.cross_entropy(values, targets.flatten(), reduction="sum") / labels
-        for values, targets in ((flat, torch.cat(drawn)), (flat.detach(), sequences[:, 1:]))
-    )
-    return of_drawn, of_text
+    predicted = logits.log_softmax(-1)
+    of_text = -predicted.detach().gather(-1, sequences[:, 1:, None]).sum() / labels
+    if not torch.isfinite(of_text):
+        return of_text, of_text
+    drawn = torch.stack([_draw(each.detach().exp(), generator) for each in predicted])
+    return -predicted.gather(-1, drawn[..., None]).sum() / labels, of_text
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """An index of each row by its probabilities: [rows, n] -> [rows] int64."""
+    if probabilities.is_cuda:  # where cumsum differs from run to run
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    ends = probabilities.cumsum(-1)
+    at = torch.rand(len(ends), 1, generator=generator) * ends[:, -1:]
+    return torch.searchsorted(ends, at, right=True)[:, 0].clamp_(max=ends.shape[-1] - 1)

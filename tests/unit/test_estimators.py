@@ -143,8 +143,12 @@ def obs_fisher(model):
             linear.register_forward_hook(lambda module, args, output: outputs.update({module.weight: output}))
     logits = model(input_ids=BATCH, use_cache=False).logits[:, :-1]
     generator = generator_of((0,), BATCH.device)
-    labels = [torch.multinomial(each.float().softmax(-1), 1, generator=generator) for each in logits]
-    loss = functional.cross_entropy(logits.reshape(-1, VOCABULARY), torch.cat(labels).ravel())
+    labels = []
+    for each in logits.float().softmax(-1):
+        at = torch.rand(len(each), generator=generator)
+        ends = each.double().cumsum(-1)
+        labels += [int((row <= x * row[-1]).sum()) for row, x in zip(ends, at, strict=True)]
+    loss = functional.cross_entropy(logits.reshape(-1, VOCABULARY), torch.tensor(labels))
     by_outputs = torch.autograd.grad(loss, list(outputs.values()))
     metrics = {}
     for weight, g in zip(list(outputs), by_outputs, strict=True):

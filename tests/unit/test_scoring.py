@@ -11,6 +11,7 @@ from torch.nn import functional
 from adapt_pruner import kernels
 from adapt_pruner.families import find_family, layer_widths
 from adapt_pruner.scoring import score
+from adapt_pruner.scoring.estimators import OBS_FISHER
 
 HEAD_DIM, KV, HEADS = SHAPE["head_dim"], SHAPE["num_key_value_heads"], SHAPE["num_attention_heads"]
 BATCH = torch.randint(3, VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(1))
@@ -315,8 +316,11 @@ def test_an_activation_that_is_not_finite_is_named_by_its_layer(gradients):
         return output
 
     model.model.layers[2].mlp.register_forward_hook(plant)
-    with pytest.raises(kernels.NonFiniteError, match=r"^layer 2: the cosine between its input and output is"):
+    message = r"^layer 2: the cosine between its input and output is"
+    with pytest.raises(kernels.NonFiniteError, match=message):
         score_model(model, micro_batch_size=6, gradients=gradients)
+    with pytest.raises(kernels.NonFiniteError, match=message):  # before labels are drawn
+        score_model(model, micro_batch_size=6, estimator=OBS_FISHER)
 
 
 def test_activations_too_large_for_their_norm_are_named_though_the_loss_is_finite():
