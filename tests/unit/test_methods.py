@@ -298,7 +298,7 @@ def test_a_method_of_ones_own_can_be_resumed(settings):
 
 
 def test_granularity_and_compensation_of_a_method_are_what_is_done(settings, tmp_path):
-    mine = Method("mine", "-", "-", granularity="query_head", compensation="least_squares")
+    mine = Method("mine", "-", "-", granularity="query_head", compensation="least_squares", carry_over=1.0)
     result = prune(settings(target=0.8), method=mine)
     assert set(result.plan.keep_indices[0]) == {"query_head", "channel"}
     decided = result.plan.settings
