@@ -409,7 +409,7 @@ def test_help_describes_commands_and_settings(command):
     text = " ".join(command("prune", "--help")[1].split())
     assert "prune a model to a parameter budget" in text
     assert "calibration sequences drawn anew for each iteration" in text
-    assert "default: 512" in text
+    assert "default: 0.02" in text
 
 
 def test_version(command):
