@@ -14,7 +14,7 @@ from adapt_pruner.budget import FINE_UNIT, Counts, Limit, UnitBudget, needed, pa
 Floats = npt.NDArray[np.float64]
 Normalization = Literal["max", "rank", "zscore_clip"]
 NORMALIZATIONS: tuple[Normalization, ...] = ("max", "rank", "zscore_clip")
-AllocationName = Literal["adaptive", "uniform", "global", "threshold", "search", "reference"]
+AllocationName = Literal["adaptive", "ranked", "uniform", "global", "threshold", "search", "reference"]
 
 MAX_SPARSITY = 0.99
 
@@ -91,6 +91,34 @@ def counts_at(
     return tuple(counts)
 
 
+def ranked_counts(budget: UnitBudget, sparsity: Floats, ascending: Sequence[Mapping[str, Floats]]) -> Counts:
+    """Units each layer keeps at a cumulative sparsity of its parameters, whatever their kind.
+
+    In a layer they go by importance per parameter, divided by the rate of their kind, as long as the smallest
+    is due. A larger one may take the layer beyond its share; it waits then until that is due.
+
+    Args:
+        ascending: per layer and kind, sorted importance of the current units.
+    """
+    result = tuple(dict(layer) for layer in budget.current)
+    for i, (counts, cost) in enumerate(zip(result, budget.cost, strict=True)):
+        initial = sum(n * cost[kind] for kind, n in budget.initial[i].items())
+        due = float(sparsity[i]) * initial - (initial - sum(n * cost[kind] for kind, n in counts.items()))
+        kinds = [kind for kind in counts if budget.rate(kind) > 0]
+        steps = [_removable(budget, result, ascending, i, kind) for kind in kinds]
+        prices = [
+            scores / (sizes * cost[kind] * budget.rate(kind))
+            for kind, (scores, sizes) in zip(kinds, steps, strict=True)
+        ]
+        owners = np.repeat(np.arange(len(kinds)), [len(price) for price in prices])
+        smallest = min(budget.step(kind) * cost[kind] for kind in kinds)
+        for owner in owners[np.argsort(np.concatenate(prices), kind="stable")].tolist():
+            if due < smallest:
+                break
+            due -= _remove(budget, result, i, kinds[owner]) * cost[kinds[owner]]
+    return result
+
+
 def allocate(
     budget: UnitBudget,
     sparsity: Floats,
@@ -100,6 +128,7 @@ def allocate(
     target: int,
     iterations: int,
     amplitude: float,
+    ranked: bool = False,
 ) -> Allocation:
     """One iteration of the adaptive allocation, landing on the budget when this iteration reaches it.
 
@@ -115,13 +144,18 @@ def allocate(
         layer_importance: [layers], normalised.
         unit_importance: per layer and kind, one score per current unit.
         target: parameters to land on; at least `budget.floor`. `budget.limits` has those of other resources.
-    Source: arXiv 2502.03460 section 3.2; landing is ours (algorithm.md section 4).
+        ranked: the kinds of a layer lose what is least important per parameter, instead of each the layer's
+            share at its rate; not where limits need some kinds more than others.
+    Source: arXiv 2502.03460 section 3.2; landing and ranking are ours (algorithm.md section 4).
     """
 
     pace = pace_of_kinds(budget, target)
+    ascending = _ascending(unit_importance) if ranked and not pace else None
 
     def step(scale: float) -> tuple[Floats, Counts]:
         s = _protecting(budget, next_sparsity(sparsity, layer_importance, iterations, amplitude, scale))
+        if ascending is not None:
+            return s, ranked_counts(budget, s, ascending)
         return s, counts_at(budget, s, pace=pace)
 
     assert not budget.over(budget.least, target)

@@ -286,7 +286,7 @@ def test_a_target_below_what_is_possible_is_an_internal_error():
 # Whole runs
 
 
-def run_to_target(budget, target, rng, *, iterations, amplitude, fixed_importance=False, limit=2000):
+def run_to_target(budget, target, rng, *, fixed_importance=False, limit=2000, **options):
     """The loop of a pruning run over random importance; returns every allocation on the way."""
     sparsity = np.zeros(len(budget.initial))
     importance = normalize_importance(rng.normal(size=len(budget.initial)))
@@ -296,9 +296,7 @@ def run_to_target(budget, target, rng, *, iterations, amplitude, fixed_importanc
         if not fixed_importance:
             importance = normalize_importance(rng.normal(size=len(budget.initial)))
         scores = [{kind: rng.random(count) for kind, count in layer.items()} for layer in budget.current]
-        done = allocate(
-            budget, sparsity, importance, scores, target=target, iterations=iterations, amplitude=amplitude
-        )
+        done = allocate(budget, sparsity, importance, scores, target=target, **options)
         for before, after in zip(budget.current, done.counts, strict=True):
             for kind in before:
                 assert 1 <= after[kind] <= before[kind]
@@ -323,8 +321,9 @@ def random_budget(rng) -> UnitBudget:
     )
 
 
+@pytest.mark.parametrize("ranked", [False, True])
 @pytest.mark.parametrize("seed", range(60))
-def test_runs_land_less_than_one_channel_below_the_target(seed):
+def test_runs_land_less_than_one_channel_below_the_target(seed, ranked):
     rng = np.random.default_rng(seed)
     whole = random_budget(rng)
     channel = whole.cost[0]["channel"]
@@ -332,6 +331,7 @@ def test_runs_land_less_than_one_channel_below_the_target(seed):
         "iterations": int(rng.choice([1, 2, 5, 20, 50])),
         "amplitude": float(rng.choice([0.0, 0.02, 0.1])),
         "fixed_importance": bool(rng.integers(2)),
+        "ranked": ranked,
     }
     prunable = whole.num_parameters - whole.floor
     targets = [whole.floor + int(f * prunable) for f in (0.95, 0.8, 0.5, 0.3, 0.1)]
@@ -382,6 +382,31 @@ def test_the_group_of_every_layer_is_gone_at_its_share_of_the_run():
     _, history = run_to_target(budget, budget.floor, np.random.default_rng(0), iterations=10, amplitude=0.0)
     groups = [done.counts[0]["kv_group"] for _, done in history]
     assert groups[:6] == [2, 2, 2, 2, 1, 1]
+
+
+def test_ranked_kinds_of_a_layer_lose_what_is_cheapest():
+    """Layers of 900 + 1000 parameters, of which 30% are 570."""
+    budget = make_budget([(3, 100)] * 3, channel_cost=10, group_cost=300)
+    channels = np.arange(1.0, 101.0)
+    groups = [np.full(3, 1e6), np.array([5.0, 6e5, 7e5]), np.array([7e5, 5.0, 6.0])]
+    scores = [{"kv_group": group, "channel": channels} for group in groups]
+    rounds = {"target": budget.floor, "iterations": 10, "amplitude": 0.0, "ranked": True}
+    done = allocate(budget, np.full(3, 0.2), np.zeros(3), scores, **rounds)
+    # 57 channels; a group and 27 channels; two groups, the second of which goes beyond the share.
+    assert [tuple(layer.values()) for layer in done.counts] == [(3, 43), (2, 73), (1, 100)]
+    left = dataclasses.replace(budget, current=done.counts)
+    left = dataclasses.replace(left, num_parameters=budget.parameters(done.counts))
+    kept = [
+        {"kv_group": np.sort(group)[3 - now["kv_group"] :], "channel": channels[100 - now["channel"] :]}
+        for group, now in zip(groups, done.counts, strict=True)
+    ]
+    after = allocate(left, done.sparsity, np.zeros(3), kept, **rounds)
+    assert np.allclose(after.sparsity, 0.4)
+    # 760 by now: 19 channels; 19 channels; 16 for the group that was early.
+    assert [tuple(layer.values()) for layer in after.counts] == [(3, 24), (2, 54), (1, 84)]
+    rated = dataclasses.replace(budget, rates={"kv_group": 1e-4})
+    dear = allocate(rated, np.full(3, 0.2), np.zeros(3), scores, **rounds)
+    assert [layer["kv_group"] for layer in dear.counts] == [3, 3, 3]
 
 
 def test_when_every_layer_is_at_the_largest_sparsity_the_rest_is_traded():
