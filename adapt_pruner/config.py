@@ -108,7 +108,9 @@ class PruneConfig:
     latency_tokens: int = 128
     method: str = "adapt-pruner"
     estimator: str | None = None
-    allocation: Literal["adaptive", "uniform", "global", "threshold", "search", "reference"] | None = None
+    allocation: (
+        Literal["adaptive", "ranked", "uniform", "global", "threshold", "search", "reference"] | None
+    ) = None
     gqa_credit: Literal["owner", "modulo"] | None = None
     protected_layers: str | None = None
     granularity: Literal["kv_group", "query_head", "layer"] | None = None
