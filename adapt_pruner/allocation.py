@@ -14,8 +14,6 @@ from adapt_pruner.budget import FINE_UNIT, Counts, Limit, UnitBudget, needed, pa
 Floats = npt.NDArray[np.float64]
 Normalization = Literal["max", "rank", "zscore_clip"]
 NORMALIZATIONS: tuple[Normalization, ...] = ("max", "rank", "zscore_clip")
-AllocationName = Literal["adaptive", "ranked", "uniform", "global", "threshold", "search", "reference"]
-
 MAX_SPARSITY = 0.99
 
 

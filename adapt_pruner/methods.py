@@ -9,8 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from adapt_pruner.allocation import AllocationName
-from adapt_pruner.config import PruneConfig
+from adapt_pruner.config import AllocationName, PruneConfig
 from adapt_pruner.families import Granularity
 from adapt_pruner.scoring.estimators import (
     ESTIMATORS,
