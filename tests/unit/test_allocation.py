@@ -689,8 +689,9 @@ def random_run(allocation, budget, target, rng, *, iterations, limit=600):
         importance = normalize_importance(rng.normal(size=len(budget.initial)))
         scores = [{kind: rng.random(n) for kind, n in layer.items()} for layer in budget.current]
         rounds = {"target": target, "iterations": iterations}
-        if allocation == "adaptive":
-            done = allocate(budget, sparsity, importance, scores, amplitude=0.02, **rounds)
+        if allocation in ("adaptive", "ranked"):
+            ranked = allocation == "ranked"
+            done = allocate(budget, sparsity, importance, scores, amplitude=0.02, ranked=ranked, **rounds)
         elif allocation == "uniform":
             done = allocate_uniform(budget, sparsity, scores, **rounds)
         else:
@@ -713,7 +714,7 @@ def random_run(allocation, budget, target, rng, *, iterations, limit=600):
 
 @pytest.mark.parametrize("share", [0.9, 0.8, 0.7, 0.5])
 @pytest.mark.parametrize("step", [64, 128])
-@pytest.mark.parametrize("allocation", ["adaptive", "uniform", "global", "threshold"])
+@pytest.mark.parametrize("allocation", ["adaptive", "ranked", "uniform", "global", "threshold"])
 def test_channels_in_steps_land_within_one_step(allocation, step, share):
     budget = dataclasses.replace(smollm2(), round_to=step)
     target = int(share * budget.num_parameters)
@@ -723,7 +724,7 @@ def test_channels_in_steps_land_within_one_step(allocation, step, share):
         assert 0 <= target - last.num_parameters < step * 3 * 576
 
 
-@pytest.mark.parametrize("allocation", ["adaptive", "uniform", "global", "threshold"])
+@pytest.mark.parametrize("allocation", ["adaptive", "ranked", "uniform", "global", "threshold"])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_layer_that_is_no_multiple_keeps_all_or_a_multiple(allocation, seed):
     rng = np.random.default_rng(seed)

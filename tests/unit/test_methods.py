@@ -96,7 +96,7 @@ def test_what_is_given_overrides_the_method(settings, tmp_path):
     assert kept(run("f", gqa_credit="modulo")) != kept(owner)
 
 
-@pytest.mark.parametrize("allocation", ["global", "threshold", "uniform"])
+@pytest.mark.parametrize("allocation", ["ranked", "global", "threshold", "uniform"])
 def test_other_allocations_also_go_in_rounds(settings, allocation):
     result = prune(settings(allocation=allocation))
     assert rounds(result) > 2
@@ -119,7 +119,7 @@ def test_protecting_too_much_is_refused_with_what_is_left(settings):
         prune(settings(protected_layers="0-2", target=0.5))
 
 
-@pytest.mark.parametrize("allocation", ["adaptive", "uniform", "global", "threshold"])
+@pytest.mark.parametrize("allocation", ["adaptive", "ranked", "uniform", "global", "threshold"])
 @pytest.mark.parametrize(
     ("rate", "pruned", "whole"), [("mlp", "kv_group", "channel"), ("attention", "channel", "kv_group")]
 )
