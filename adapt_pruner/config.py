@@ -46,8 +46,12 @@ class PruneConfig:
             them.
         estimator: how important a unit is: taylor_first, taylor_vectorize, taylor_second, taylor_mixed,
             taylor_reference, magnitude_l1, magnitude_l2, wanda, fluctuation, obs, obs_fisher or random.
-        allocation: AllocationName | None = None
-    gqa_credit: the KV group that a query head counts for: its own (owner), or as in the published
+        allocation: how much each layer loses: by layer importance, every kind of its units alike (adaptive) or
+            what is least important per parameter first (ranked), the same share (uniform), what units ranked
+            together over all layers by importance per parameter (global) or by importance (threshold) leave
+            it, what raises the calibration loss least (search), or as the published implementation has it,
+            without landing (reference).
+        gqa_credit: the KV group that a query head counts for: its own (owner), or as in the published
             implementation number Q modulo the groups (modulo).
         protected_layers: layers that lose nothing, such as 0-3,30,-1 (the last), or none.
         granularity: what attention is pruned by: whole KV groups (kv_group), or as many query heads of each
@@ -106,9 +110,7 @@ class PruneConfig:
     latency_tokens: int = 128
     method: str = "adapt-pruner"
     estimator: str | None = None
-    allocation: (
-        Literal["adaptive", "ranked", "uniform", "global", "threshold", "search", "reference"] | None
-    ) = None
+    allocation: AllocationName | None = None
     gqa_credit: Literal["owner", "modulo"] | None = None
     protected_layers: str | None = None
     granularity: Literal["kv_group", "query_head", "layer"] | None = None
