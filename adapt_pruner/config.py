@@ -46,7 +46,7 @@ class PruneConfig:
             them.
         estimator: how important a unit is: taylor_first, taylor_vectorize, taylor_second, taylor_mixed,
             taylor_reference, magnitude_l1, magnitude_l2, wanda, fluctuation, obs, obs_fisher or random.
-        allocation: how much each layer loses: by layer importance, every kind of its units alike (adaptive) or
+        allocation: how much each layer loses: by layer importance, all kinds of its units alike (adaptive) or
             what is least important per parameter first (ranked), the same share (uniform), what units ranked
             together over all layers by importance per parameter (global) or by importance (threshold) leave
             it, what raises the calibration loss least (search), or as the published implementation has it,
