@@ -105,7 +105,7 @@ def ranked_counts(budget: UnitBudget, sparsity: Floats, ascending: Sequence[Mapp
         kinds = [kind for kind in counts if budget.rate(kind) > 0]
         steps = [_removable(budget, result, ascending, i, kind) for kind in kinds]
         prices = [
-            scores / (sizes * cost[kind] * budget.rate(kind))
+            _at_rate(scores / (sizes * cost[kind]), budget.rate(kind))
             for kind, (scores, sizes) in zip(kinds, steps, strict=True)
         ]
         owners = np.repeat(np.arange(len(kinds)), [len(price) for price in prices])
@@ -224,8 +224,7 @@ def allocate_by_rank(
         for place, (i, kind) in enumerate(places):
             scores, sizes = _removable(budget, counts, ascending, i, kind)
             price = scores / (sizes * limit.cost[i][kind]) if per_parameter else scores / sizes
-            rate = budget.rate(kind)
-            prices.append(np.where(price < 0, price * rate, price / rate) if len(price) else price)
+            prices.append(_at_rate(price, budget.rate(kind)))
             costs.append(sizes * limit.cost[i][kind])
             owners.append(np.full(len(scores), place))
         order = np.argsort(np.concatenate(prices), kind="stable")
@@ -299,6 +298,11 @@ def _removable(
     sizes[0] = count % step or step  # to the next multiple
     first = len(scores) - count
     return np.add.reduceat(scores[: len(scores) - least], first + np.cumsum(sizes) - sizes), sizes
+
+
+def _at_rate(price: Floats, rate: float) -> Floats:
+    """Prices of units whose kind goes at a rate: the lower it is, the later they go."""
+    return np.where(price < 0, price * rate, price / rate) if len(price) else price
 
 
 def _remove(budget: UnitBudget, counts: Counts, layer: int, kind: str) -> int:

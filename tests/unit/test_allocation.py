@@ -409,6 +409,15 @@ def test_ranked_kinds_of_a_layer_lose_what_is_cheapest():
     assert [layer["kv_group"] for layer in dear.counts] == [3, 3, 3]
 
 
+def test_a_low_rate_keeps_ranked_units_longer_where_importance_is_negative_too():
+    """Per parameter -1 of a group, -0.5 at its rate, is above -0.6 of a channel."""
+    budget = dataclasses.replace(make_budget([(3, 100)]), rates={"kv_group": 0.5})
+    scores = [{"kv_group": np.full(3, -300.0), "channel": np.full(100, -6.0)}]
+    rounds = {"target": budget.floor, "iterations": 10, "amplitude": 0.0, "ranked": True}
+    (layer,) = allocate(budget, np.zeros(1), np.zeros(1), scores, **rounds).counts
+    assert layer == {"kv_group": 3, "channel": 81}
+
+
 def test_when_every_layer_is_at_the_largest_sparsity_the_rest_is_traded():
     # 1000 channels: 0.99 leaves 10 of them, and the target asks for fewer.
     budget = make_budget([(1, 1000)] * 2, current=[(1, 10)] * 2)
