@@ -16,8 +16,7 @@ from adapt_pruner.kernels import ActivationStats
 from adapt_pruner.scoring.gradients import Importance, UnitTensors
 
 WeightColumns = Callable[[str], Tensor]  # a mode of unit_importance -> [columns], summed over rows
-# Weight and statistics of its input -> [columns] float64. The last is the columns a unit's score is the mean
-# over: head_dim for those of heads, 1 for channels.
+# Weight, statistics of its input and the number of columns of a unit -> [columns] float64.
 ColumnScore = Callable[[WeightColumns, ActivationStats, int], Tensor]
 
 
@@ -27,13 +26,15 @@ def activation_importance(
     parameters: dict[str, nn.Parameter],
     sets: Sequence[UnitTensors],
     column_score: ColumnScore,
-    head_dims: Sequence[int],
+    columns: Sequence[int],
     backend: str,
 ) -> Iterator[Importance]:
     """Scores units by the columns of their output-side matrix (`down_proj`, `o_proj`), summed over each unit.
 
     A set without such a matrix scores zero. The input of an expert is that of the tokens that go through it.
 
+    Args:
+        columns: for each set, how many of them a unit has.
     Raises:
         NonFiniteError: an input holds NaN or infinity.
         ValueError: an output-side matrix is not the weight of an nn.Linear, nor that of experts.
@@ -68,7 +69,7 @@ def activation_importance(
 
         return experts.register_forward_pre_hook(record)
 
-    def columns(tensor: UnitTensor, head_dim: int) -> Tensor:
+    def scores_of(tensor: UnitTensor, count: int) -> Tensor:
         weight = tensor.view(parameters[tensor.name].detach())
         seen = stats[tensor.name, tensor.expert]
         if not bool(torch.isfinite(seen.mean).all() & torch.isfinite(seen.m2).all()):
@@ -79,17 +80,17 @@ def activation_importance(
                 [weight], [], [1], [1], names=[tensor.name], mode=mode, backend=backend
             )
 
-        return column_score(weight_columns, seen, 1 if tensor.group_size == 1 else head_dim)
+        return column_score(weight_columns, seen, count)
 
     def importance() -> list[Tensor]:
         scores = []
-        for members, head_dim in zip(sets, head_dims, strict=True):
+        for members, count in zip(sets, columns, strict=True):
             first = members[0].view(parameters[members[0].name])
             units = first.shape[members[0].dim] // members[0].group_size
             total = torch.zeros(units, dtype=torch.float64, device=first.device)
             for tensor in members:
                 if (tensor.name, tensor.expert) in stats:
-                    total += columns(tensor, head_dim).view(units, -1).sum(1)
+                    total += scores_of(tensor, count).view(units, -1).sum(1)
             scores.append(total.float())
         return scores
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from adapt_pruner import kernels
 from adapt_pruner.families import LayerWidths, by_expert
-from adapt_pruner.kernels import UnitSet
-from adapt_pruner.scoring.activations import activation_importance, standardised
+from adapt_pruner.kernels import ActivationStats, UnitSet
+from adapt_pruner.scoring.activations import WeightColumns, activation_importance, standardised
 from adapt_pruner.scoring.gradients import (
     Importance,
     UnitTensors,
@@ -42,7 +42,7 @@ class Subject:
         model: evaluated, on its device.
         parameters: of the model, by name.
         sets: members of the units to score; a set is a unit kind of a layer, or a part of one.
-        head_dims: for each set, rows of one head.
+        columns: for each set, how many columns of its output-side matrix a unit has.
         sequences: in the calibration batch.
         one_pass: whether all of them go through together.
         seed: differs from iteration to iteration.
@@ -55,7 +55,7 @@ class Subject:
     model: nn.Module
     parameters: dict[str, nn.Parameter]
     sets: Sequence[UnitTensors]
-    head_dims: Sequence[int]
+    columns: Sequence[int]
     sequences: int
     one_pass: bool
     seed: tuple[int, ...]
@@ -159,23 +159,20 @@ def _wanda(subject: Subject) -> contextlib.AbstractContextManager[Importance]:
         subject.model,
         subject.parameters,
         subject.sets,
-        lambda weight, stats, head_dim: weight("magnitude_l1").double() * stats.norm,
-        subject.head_dims,
+        lambda weight, stats, columns: weight("magnitude_l1").double() * stats.norm,
+        subject.columns,
         subject.backend,
     )
 
 
 def _fluctuation(subject: Subject) -> contextlib.AbstractContextManager[Importance]:
+    def column_score(weight: WeightColumns, stats: ActivationStats, columns: int) -> Tensor:
+        # An expert that fewer than two tokens go through has no variance: its columns are all alike.
+        fluctuation = weight("magnitude_l2").double() * stats.variance.nan_to_num(nan=0.0)
+        return standardised(fluctuation.square() if columns > 1 else fluctuation) / columns
+
     return activation_importance(
-        subject.model,
-        subject.parameters,
-        subject.sets,
-        lambda weight, stats, head_dim: (
-            # An expert that fewer than two tokens go through has no variance: its columns are all alike.
-            standardised(weight("magnitude_l2").double() * stats.variance.nan_to_num(nan=0.0)) / head_dim
-        ),
-        subject.head_dims,
-        subject.backend,
+        subject.model, subject.parameters, subject.sets, column_score, subject.columns, subject.backend
     )
 
 
@@ -243,7 +240,7 @@ WANDA = Estimator(
 FLUCTUATION = Estimator(
     "fluctuation",
     _fluctuation,
-    "sum of w^2 * variance of the input of output columns, standardised per layer and kind",
+    "mean over output columns of sum of w^2 * variance of the input (that squared for heads), standardised",
     _FLAP,
     of_columns=True,
 )
@@ -303,12 +300,12 @@ class Crediting:
 
     Attributes:
         sets: members to be scored together; where each expert has its own units, a set for each.
-        head_dims: for each set, rows of one head.
+        columns: for each set, how many columns of its output-side matrix a unit of the kind has.
         owners: for each set, the number of the unit kind of a layer that it belongs to.
     """
 
     sets: tuple[UnitTensors, ...]
-    head_dims: tuple[int, ...]
+    columns: tuple[int, ...]
     owners: tuple[int, ...]
 
     @classmethod
@@ -321,7 +318,7 @@ class Crediting:
     ) -> Crediting:
         """From the members of every unit kind of every layer, in order."""
         sets: list[UnitTensors] = []
-        head_dims: list[int] = []
+        columns: list[int] = []
         owners: list[int] = []
         for owner, (widths, members) in enumerate(kinds):
             counted = tuple(t for t in members if biases or not t.name.endswith(".bias"))
@@ -333,9 +330,9 @@ class Crediting:
                 parts = [tuple(t for t in counted if t.group_size == head), heads]
             for part in parts:
                 sets.append(part)
-                head_dims.append(widths.head_dim)
+                columns.append(max((t.group_size for t in counted if t.dim == 1), default=1))
                 owners.append(owner)
-        return cls(tuple(sets), tuple(head_dims), tuple(owners))
+        return cls(tuple(sets), tuple(columns), tuple(owners))
 
     def add_up(self, scores: Sequence[Tensor]) -> list[Tensor]:
         """One tensor [units] per unit kind and layer, from those of the sets."""

@@ -180,7 +180,7 @@ def score(
             model,
             parameters,
             crediting.sets,
-            crediting.head_dims,
+            crediting.columns,
             sequences=batch.shape[0],
             one_pass=batch.shape[0] <= micro_batch_size,
             seed=seed,

@@ -97,16 +97,15 @@ def wanda(model):
 
 
 def fluctuation(model):
-    def standardised(w, x):
-        values = (w.square() * x.var(dim=0)).sum(0)
+    def standardised(values):
         return (values - values.mean()) / values.std()
 
     return [
         {
-            "kv_group": o.view(KV, HEADS // KV, HEAD_DIM).mean(2).sum(1).detach().numpy(),
-            "channel": down.detach().numpy(),
+            "kv_group": standardised(o.square()).view(KV, -1).mean(1).detach().numpy(),
+            "channel": standardised(down).detach().numpy(),
         }
-        for o, down in output_columns(model, standardised)
+        for o, down in output_columns(model, lambda w, x: (w.square() * x.var(dim=0)).sum(0))
     ]
 
 
