@@ -98,6 +98,7 @@ METHODS: tuple[Method, ...] = (
         "first-order Taylor; layers lose by how little they change the residual stream, in many rounds",
         "arXiv 2502.03460",
         num_sequences=32,
+        attention_rate=1 / 3,
         carry_over=1.0,
     ),
     Method(
