@@ -89,34 +89,6 @@ def counts_at(
     return tuple(counts)
 
 
-def ranked_counts(budget: UnitBudget, sparsity: Floats, ascending: Sequence[Mapping[str, Floats]]) -> Counts:
-    """Units each layer keeps at a cumulative sparsity of its parameters, whatever their kind.
-
-    In a layer they go by importance per parameter, divided by the rate of their kind, as long as the smallest
-    is due. A larger one may take the layer beyond its share; it waits then until that is due.
-
-    Args:
-        ascending: per layer and kind, sorted importance of the current units.
-    """
-    result = tuple(dict(layer) for layer in budget.current)
-    for i, (counts, cost) in enumerate(zip(result, budget.cost, strict=True)):
-        initial = sum(n * cost[kind] for kind, n in budget.initial[i].items())
-        due = float(sparsity[i]) * initial - (initial - sum(n * cost[kind] for kind, n in counts.items()))
-        kinds = [kind for kind in counts if budget.rate(kind) > 0]
-        steps = [_removable(budget, result, ascending, i, kind) for kind in kinds]
-        prices = [
-            _at_rate(scores / (sizes * cost[kind]), budget.rate(kind))
-            for kind, (scores, sizes) in zip(kinds, steps, strict=True)
-        ]
-        owners = np.repeat(np.arange(len(kinds)), [len(price) for price in prices])
-        smallest = min(budget.step(kind) * cost[kind] for kind in kinds)
-        for owner in owners[np.argsort(np.concatenate(prices), kind="stable")].tolist():
-            if due < smallest:
-                break
-            due -= _remove(budget, result, i, kinds[owner]) * cost[kinds[owner]]
-    return result
-
-
 def allocate(
     budget: UnitBudget,
     sparsity: Floats,
@@ -126,7 +98,6 @@ def allocate(
     target: int,
     iterations: int,
     amplitude: float,
-    ranked: bool = False,
 ) -> Allocation:
     """One iteration of the adaptive allocation, landing on the budget when this iteration reaches it.
 
@@ -142,18 +113,13 @@ def allocate(
         layer_importance: [layers], normalised.
         unit_importance: per layer and kind, one score per current unit.
         target: parameters to land on; at least `budget.floor`. `budget.limits` has those of other resources.
-        ranked: the kinds of a layer lose what is least important per parameter, instead of each the layer's
-            share at its rate; not where limits need some kinds more than others.
-    Source: arXiv 2502.03460 section 3.2; landing and ranking are ours (algorithm.md section 4).
+    Source: arXiv 2502.03460 section 3.2; landing is ours (algorithm.md section 4).
     """
 
     pace = pace_of_kinds(budget, target)
-    ascending = _ascending(unit_importance) if ranked and not pace else None
 
     def step(scale: float) -> tuple[Floats, Counts]:
         s = _protecting(budget, next_sparsity(sparsity, layer_importance, iterations, amplitude, scale))
-        if ascending is not None:
-            return s, ranked_counts(budget, s, ascending)
         return s, counts_at(budget, s, pace=pace)
 
     assert not budget.over(budget.least, target)
@@ -224,7 +190,8 @@ def allocate_by_rank(
         for place, (i, kind) in enumerate(places):
             scores, sizes = _removable(budget, counts, ascending, i, kind)
             price = scores / (sizes * limit.cost[i][kind]) if per_parameter else scores / sizes
-            prices.append(_at_rate(price, budget.rate(kind)))
+            rate = budget.rate(kind)
+            prices.append(np.where(price < 0, price * rate, price / rate) if len(price) else price)
             costs.append(sizes * limit.cost[i][kind])
             owners.append(np.full(len(scores), place))
         order = np.argsort(np.concatenate(prices), kind="stable")
@@ -298,11 +265,6 @@ def _removable(
     sizes[0] = count % step or step  # to the next multiple
     first = len(scores) - count
     return np.add.reduceat(scores[: len(scores) - least], first + np.cumsum(sizes) - sizes), sizes
-
-
-def _at_rate(price: Floats, rate: float) -> Floats:
-    """Prices of units whose kind goes at a rate: the lower it is, the later they go."""
-    return np.where(price < 0, price * rate, price / rate) if len(price) else price
 
 
 def _remove(budget: UnitBudget, counts: Counts, layer: int, kind: str) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-AllocationName = Literal["adaptive", "ranked", "uniform", "global", "threshold", "search", "reference"]
+AllocationName = Literal["adaptive", "uniform", "global", "threshold", "search", "reference"]
 RIDGE = 0.3  # on top of the diagonal of second moments of inputs, as a fraction of it
 
 _COUNTS = {"k": 10**3, "m": 10**6, "b": 10**9}
@@ -46,11 +46,10 @@ class PruneConfig:
             them.
         estimator: how important a unit is: taylor_first, taylor_vectorize, taylor_second, taylor_mixed,
             taylor_reference, magnitude_l1, magnitude_l2, wanda, fluctuation, obs, obs_fisher or random.
-        allocation: how much each layer loses: by layer importance, all kinds of its units alike (adaptive) or
-            what is least important per parameter first (ranked), the same share (uniform), what units ranked
-            together over all layers by importance per parameter (global) or by importance (threshold) leave
-            it, what raises the calibration loss least (search), or as the published implementation has it,
-            without landing (reference).
+        allocation: how much each layer loses: by layer importance (adaptive), the same share (uniform), what
+            units ranked together over all layers by importance per parameter (global) or by importance
+            (threshold) leave it, what raises the calibration loss least (search), or as the published
+            implementation has it, without landing (reference).
         gqa_credit: the KV group that a query head counts for: its own (owner), or as in the published
             implementation number Q modulo the groups (modulo).
         protected_layers: layers that lose nothing, such as 0-3,30,-1 (the last), or none.

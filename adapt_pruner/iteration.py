@@ -165,6 +165,5 @@ def _allocate(
     adaptive: dict[str, Any] = {**rounds, "amplitude": config.amplitude}
     if config.allocation == "reference":
         return allocate_as_published(budget, sparsity, layer_importance, rows=rows_of_head, **adaptive)
-    assert config.allocation in ("adaptive", "ranked")
-    ranked = config.allocation == "ranked"
-    return allocate(budget, sparsity, layer_importance, units, ranked=ranked, **adaptive)
+    assert config.allocation == "adaptive"
+    return allocate(budget, sparsity, layer_importance, units, **adaptive)

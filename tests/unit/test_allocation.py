@@ -321,9 +321,8 @@ def random_budget(rng) -> UnitBudget:
     )
 
 
-@pytest.mark.parametrize("ranked", [False, True])
 @pytest.mark.parametrize("seed", range(60))
-def test_runs_land_less_than_one_channel_below_the_target(seed, ranked):
+def test_runs_land_less_than_one_channel_below_the_target(seed):
     rng = np.random.default_rng(seed)
     whole = random_budget(rng)
     channel = whole.cost[0]["channel"]
@@ -331,7 +330,6 @@ def test_runs_land_less_than_one_channel_below_the_target(seed, ranked):
         "iterations": int(rng.choice([1, 2, 5, 20, 50])),
         "amplitude": float(rng.choice([0.0, 0.02, 0.1])),
         "fixed_importance": bool(rng.integers(2)),
-        "ranked": ranked,
     }
     prunable = whole.num_parameters - whole.floor
     targets = [whole.floor + int(f * prunable) for f in (0.95, 0.8, 0.5, 0.3, 0.1)]
@@ -382,40 +380,6 @@ def test_the_group_of_every_layer_is_gone_at_its_share_of_the_run():
     _, history = run_to_target(budget, budget.floor, np.random.default_rng(0), iterations=10, amplitude=0.0)
     groups = [done.counts[0]["kv_group"] for _, done in history]
     assert groups[:6] == [2, 2, 2, 2, 1, 1]
-
-
-def test_ranked_kinds_of_a_layer_lose_what_is_cheapest():
-    """Layers of 900 + 1000 parameters, of which 30% are 570."""
-    budget = make_budget([(3, 100)] * 3, channel_cost=10, group_cost=300)
-    channels = np.arange(1.0, 101.0)
-    groups = [np.full(3, 1e6), np.array([5.0, 6e5, 7e5]), np.array([7e5, 5.0, 6.0])]
-    scores = [{"kv_group": group, "channel": channels} for group in groups]
-    rounds = {"target": budget.floor, "iterations": 10, "amplitude": 0.0, "ranked": True}
-    done = allocate(budget, np.full(3, 0.2), np.zeros(3), scores, **rounds)
-    # 57 channels; a group and 27 channels; two groups, the second of which goes beyond the share.
-    assert [tuple(layer.values()) for layer in done.counts] == [(3, 43), (2, 73), (1, 100)]
-    left = dataclasses.replace(budget, current=done.counts)
-    left = dataclasses.replace(left, num_parameters=budget.parameters(done.counts))
-    kept = [
-        {"kv_group": np.sort(group)[3 - now["kv_group"] :], "channel": channels[100 - now["channel"] :]}
-        for group, now in zip(groups, done.counts, strict=True)
-    ]
-    after = allocate(left, done.sparsity, np.zeros(3), kept, **rounds)
-    assert np.allclose(after.sparsity, 0.4)
-    # 760 by now: 19 channels; 19 channels; 16 for the group that was early.
-    assert [tuple(layer.values()) for layer in after.counts] == [(3, 24), (2, 54), (1, 84)]
-    rated = dataclasses.replace(budget, rates={"kv_group": 1e-4})
-    dear = allocate(rated, np.full(3, 0.2), np.zeros(3), scores, **rounds)
-    assert [layer["kv_group"] for layer in dear.counts] == [3, 3, 3]
-
-
-def test_a_low_rate_keeps_ranked_units_longer_where_importance_is_negative_too():
-    """Per parameter -1 of a group, -0.5 at its rate, is above -0.6 of a channel."""
-    budget = dataclasses.replace(make_budget([(3, 100)]), rates={"kv_group": 0.5})
-    scores = [{"kv_group": np.full(3, -300.0), "channel": np.full(100, -6.0)}]
-    rounds = {"target": budget.floor, "iterations": 10, "amplitude": 0.0, "ranked": True}
-    (layer,) = allocate(budget, np.zeros(1), np.zeros(1), scores, **rounds).counts
-    assert layer == {"kv_group": 3, "channel": 81}
 
 
 def test_when_every_layer_is_at_the_largest_sparsity_the_rest_is_traded():
@@ -698,9 +662,8 @@ def random_run(allocation, budget, target, rng, *, iterations, limit=600):
         importance = normalize_importance(rng.normal(size=len(budget.initial)))
         scores = [{kind: rng.random(n) for kind, n in layer.items()} for layer in budget.current]
         rounds = {"target": target, "iterations": iterations}
-        if allocation in ("adaptive", "ranked"):
-            ranked = allocation == "ranked"
-            done = allocate(budget, sparsity, importance, scores, amplitude=0.02, ranked=ranked, **rounds)
+        if allocation == "adaptive":
+            done = allocate(budget, sparsity, importance, scores, amplitude=0.02, **rounds)
         elif allocation == "uniform":
             done = allocate_uniform(budget, sparsity, scores, **rounds)
         else:
@@ -723,7 +686,7 @@ def random_run(allocation, budget, target, rng, *, iterations, limit=600):
 
 @pytest.mark.parametrize("share", [0.9, 0.8, 0.7, 0.5])
 @pytest.mark.parametrize("step", [64, 128])
-@pytest.mark.parametrize("allocation", ["adaptive", "ranked", "uniform", "global", "threshold"])
+@pytest.mark.parametrize("allocation", ["adaptive", "uniform", "global", "threshold"])
 def test_channels_in_steps_land_within_one_step(allocation, step, share):
     budget = dataclasses.replace(smollm2(), round_to=step)
     target = int(share * budget.num_parameters)
@@ -733,7 +696,7 @@ def test_channels_in_steps_land_within_one_step(allocation, step, share):
         assert 0 <= target - last.num_parameters < step * 3 * 576
 
 
-@pytest.mark.parametrize("allocation", ["adaptive", "ranked", "uniform", "global", "threshold"])
+@pytest.mark.parametrize("allocation", ["adaptive", "uniform", "global", "threshold"])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_layer_that_is_no_multiple_keeps_all_or_a_multiple(allocation, seed):
     rng = np.random.default_rng(seed)

@@ -10,7 +10,7 @@ from test_allocation import random_run, smollm2
 
 from adapt_pruner.budget import Limit, UnitBudget, needed, pace_of_kinds
 
-ALLOCATIONS = ["adaptive", "ranked", "uniform", "global", "threshold"]
+ALLOCATIONS = ["adaptive", "uniform", "global", "threshold"]
 
 
 def with_limits(budget: UnitBudget, **shares: float) -> UnitBudget:

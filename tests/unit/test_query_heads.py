@@ -54,8 +54,9 @@ def settings(tokenizer, calibration_file, tmp_path):
             tokenizer.save_pretrained(directory)
         options = {
             "model": str(directory), "target": 0.7, "output": str(tmp_path / "run"), "device": "cpu",
-            "calibration": str(calibration_file), "granularity": "query_head", "iterations": 10,
-            "amplitude": 0.05, "num_sequences": 8, "sequence_length": 16, "micro_batch_size": 8, **changes,
+            "calibration": str(calibration_file), "granularity": "query_head", "attention_rate": 1.0,
+            "iterations": 10, "amplitude": 0.05, "num_sequences": 8, "sequence_length": 16,
+            "micro_batch_size": 8, **changes,
         }  # fmt: skip
         return PruneConfig(**options)
 
