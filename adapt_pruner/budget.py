@@ -161,14 +161,13 @@ def needed(budget: UnitBudget, counts: Counts, limits: Sequence[Limit], of: Limi
 def pace_of_kinds(budget: UnitBudget, target: int) -> dict[str, float]:
     """By kind, what to multiply its rate with so that all limits are met at the same time.
 
-    A limit that only some kinds can meet (the KV cache) may need more of them than the others do. A kind that
-    no limit needs any more waits.
+    A limit that only some kinds can meet (the KV cache) may need more of them than the others do. The kind
+    that loses most goes at the highest rate of all. A kind that no limit needs any more waits.
     """
     limits = budget.binding(target)
     kinds = {kind for layer in budget.initial for kind in layer if budget.rate(kind) > 0}
     if all(budget.kinds(limit) == kinds for limit in limits):
         return {}
     start, now = (_shares(budget, counts, limits) for counts in (budget.initial, budget.current))
-    pace = {kind: start[kind] / budget.rate(kind) for kind in kinds}
-    fastest = max(pace.values())
-    return {kind: pace[kind] / fastest if now[kind] else 0.0 for kind in kinds}
+    fastest = max(map(budget.rate, kinds)) / max(start[kind] for kind in kinds)
+    return {kind: start[kind] * fastest / budget.rate(kind) if now[kind] else 0.0 for kind in kinds}

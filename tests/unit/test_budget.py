@@ -77,6 +77,9 @@ def test_kinds_go_at_the_pace_that_meets_all_limits_together():
     # Alone, the cache needs no channel; without it, everything goes at its own rate.
     assert pace_of_kinds(budget, budget.num_parameters) == {"kv_group": 1, "channel": 0}
     assert pace_of_kinds(smollm2(), int(0.8 * budget.num_parameters)) == {}
+    # What limits need most of does not wait for its own low rate.
+    slow = dataclasses.replace(budget, rates={"kv_group": 0.25})
+    assert pace_of_kinds(slow, budget.num_parameters) == {"kv_group": 4, "channel": 0}
 
 
 def test_what_narrower_limits_still_need_counts_for_the_wider():

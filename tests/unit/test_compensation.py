@@ -326,7 +326,7 @@ def test_compensated_runs_land_and_differ_only_where_they_should(settings, tiny_
 
 
 def test_a_plan_with_compensation_is_not_replayed_silently(settings, tiny_models, tmp_path):  # noqa: F811
-    result = prune(settings("llama", compensation="least_squares", iterations=3))
+    result = prune(settings("llama", compensation="least_squares", iterations=3, attention_rate=1.0))
     assert result.plan.settings["compensation"] == "least_squares"
     with pytest.raises(ValueError, match="not the compensated weights"):
         apply_plan(result.plan, tiny_models["llama"], tmp_path / "applied")
