@@ -169,5 +169,5 @@ def pace_of_kinds(budget: UnitBudget, target: int) -> dict[str, float]:
     if all(budget.kinds(limit) == kinds for limit in limits):
         return {}
     start, now = (_shares(budget, counts, limits) for counts in (budget.initial, budget.current))
-    fastest = max(map(budget.rate, kinds)) / max(start[kind] for kind in kinds)
-    return {kind: start[kind] * fastest / budget.rate(kind) if now[kind] else 0.0 for kind in kinds}
+    rate_of_all = max(map(budget.rate, kinds)) / max(start[kind] for kind in kinds)
+    return {kind: start[kind] * rate_of_all / budget.rate(kind) if now[kind] else 0.0 for kind in kinds}

@@ -323,6 +323,7 @@ class Crediting:
         for owner, (widths, members) in enumerate(kinds):
             counted = tuple(t for t in members if biases or not t.name.endswith(".bias"))
             parts = list(by_expert(counted).values())
+            of_a_unit = max((t.group_size for t in counted if t.dim == 1), default=1)
             if credit == "modulo" and len({t.group_size for t in counted}) > 1:
                 # Of grouped members, query heads alone: their scores are folded later.
                 head = widths.head_dim
@@ -330,7 +331,7 @@ class Crediting:
                 parts = [tuple(t for t in counted if t.group_size == head), heads]
             for part in parts:
                 sets.append(part)
-                columns.append(max((t.group_size for t in counted if t.dim == 1), default=1))
+                columns.append(of_a_unit)
                 owners.append(owner)
         return cls(tuple(sets), tuple(columns), tuple(owners))
 
