@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from adapt_pruner.modeling.registration import register_on_first_load
 
 if TYPE_CHECKING:
+    from adapt_pruner.adapt_accel import AccelResult, accel
     from adapt_pruner.bench import BenchResult, bench_kernels
     from adapt_pruner.comparison import ComparisonResult, compare
     from adapt_pruner.config import BenchConfig, CompareConfig, EvaluateConfig, InspectConfig, PruneConfig
@@ -21,10 +22,14 @@ if TYPE_CHECKING:
     from adapt_pruner.methods import METHODS, Method
     from adapt_pruner.plan import PruningPlan
     from adapt_pruner.pruner import PruneResult, prune
+    from adapt_pruner.recovery.config import AccelConfig, RecoverConfig
+    from adapt_pruner.recovery.recover import RecoverResult, recover
     from adapt_pruner.scoring import Estimator
     from adapt_pruner.surgery import apply_plan
 
 _HOME = {
+    "AccelConfig": "recovery.config",
+    "AccelResult": "adapt_accel",
     "BenchConfig": "config",
     "BenchResult": "bench",
     "CompareConfig": "config",
@@ -39,16 +44,22 @@ _HOME = {
     "PruneConfig": "config",
     "PruneResult": "pruner",
     "PruningPlan": "plan",
+    "RecoverConfig": "recovery.config",
+    "RecoverResult": "recovery.recover",
+    "accel": "adapt_accel",
     "apply_plan": "surgery",
     "bench_kernels": "bench",
     "compare": "comparison",
     "evaluate": "evaluation.evaluate",
     "prune": "pruner",
+    "recover": "recovery.recover",
     "summarize": "inspection",
 }
 
 __all__ = [
     "METHODS",
+    "AccelConfig",
+    "AccelResult",
     "BenchConfig",
     "BenchResult",
     "CompareConfig",
@@ -62,11 +73,15 @@ __all__ = [
     "PruneConfig",
     "PruneResult",
     "PruningPlan",
+    "RecoverConfig",
+    "RecoverResult",
+    "accel",
     "apply_plan",
     "bench_kernels",
     "compare",
     "evaluate",
     "prune",
+    "recover",
     "summarize",
 ]
 

@@ -29,6 +29,7 @@ from adapt_pruner.config import (
     PruneConfig,
 )
 from adapt_pruner.kernels import BackendUnavailable
+from adapt_pruner.recovery.config import AccelConfig, RecoverConfig
 from adapt_pruner.report import console as show
 
 
@@ -44,6 +45,8 @@ Shown = (
 _COMMANDS: dict[str, tuple[type | None, tuple[str, ...], str]] = {
     "prune": (PruneConfig, ("model",), "prune a model to a parameter budget"),
     "apply": (ApplyConfig, ("plan", "model"), "replay a saved plan on a checkpoint"),
+    "recover": (RecoverConfig, ("model",), "train a pruned model to recover its quality"),
+    "accel": (AccelConfig, (), "prune and train in stages, as a settings file says"),
     "evaluate": (EvaluateConfig, ("model",), "perplexity and multiple-choice accuracy"),
     "compare": (CompareConfig, ("models",), "models by several methods at several sizes, in one table"),
     "inspect": (InspectConfig, ("model",), "widths, parameters, FLOPs and KV cache, layer by layer"),
@@ -107,8 +110,9 @@ def _add_config(command: ArgumentParser, config: type, positional: tuple[str, ..
     types = get_type_hints(config)
     for field in dataclasses.fields(config):
         options: dict[str, Any] = {"help": described[field.name]}
-        if field.default is not dataclasses.MISSING:
-            options["default"] = field.default
+        if not _is_required(field):
+            made = field.default_factory
+            options["default"] = field.default if made is dataclasses.MISSING else made()
         if field.name in positional:
             # Suppressed, or an absent positional would overwrite the value from the settings file with None.
             command.add_argument(field.name, type=str, nargs="?", **options, default=SUPPRESS)
@@ -118,8 +122,8 @@ def _add_config(command: ArgumentParser, config: type, positional: tuple[str, ..
             both_ways = ActionYesNo(yes_prefix="", no_prefix="no-")
             command.add_argument(_flag(field.name), action=both_ways, **options)
         else:
-            required = field.default is dataclasses.MISSING
-            command.add_argument(_flag(field.name), type=types[field.name], required=required, **options)
+            kind, required = types[field.name], _is_required(field)
+            command.add_argument(_flag(field.name), type=kind, required=required, **options)
 
 
 def _flag(name: str) -> str:
@@ -146,6 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"adapt-pruner: error: {error}", file=sys.stderr)
         return 1
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one tells
+        return status[0] if status else 0
     if arguments.json:
         print(json.dumps(result, indent=1))
     else:
@@ -166,8 +172,13 @@ def _log_to_stderr() -> None:
 
 
 def _config_first(argv: Sequence[str]) -> list[str]:
-    """The arguments with --config right behind the command: the parser lets the last one win."""
+    """The arguments with --config right behind the command: the parser lets the last one win.
+
+    `accel` takes the settings file itself: most of what it needs is only said there.
+    """
     first, rest = [], []
+    if argv[:1] == ["accel"] and argv[1:2] and not argv[1].startswith("-"):
+        argv = ["accel", "--config", *argv[1:]]
     arguments = iter(argv)
     for argument in arguments:
         if argument == "--config":
@@ -185,15 +196,16 @@ def _print_warning(message: Any, *details: Any, **more: Any) -> None:
 
 def _config(kind: type, arguments: Namespace) -> Any:
     """The config dataclass from the parsed arguments."""
-    values = {field.name: arguments.get(field.name) for field in dataclasses.fields(kind)}
-    missing = [name for name, value in values.items() if value is None and _is_required(kind, name)]
+    fields = dataclasses.fields(kind)
+    values = {field.name: arguments.get(field.name) for field in fields}
+    missing = [field.name for field in fields if values[field.name] is None and _is_required(field)]
     if missing:  # positional, but optional to the parser because a settings file may give them
         raise _WrongUsage(f"missing argument: {' '.join(missing).upper()}")
     return kind(**values)
 
 
-def _is_required(kind: type, name: str) -> bool:
-    return next(f for f in dataclasses.fields(kind) if f.name == name).default is dataclasses.MISSING
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _quieten_transformers() -> None:
@@ -229,6 +241,37 @@ def _apply(arguments: Namespace) -> Shown:
     )
     result = {"model_directory": str(output), "parameters": summarize(output).parameters}
     return result, lambda console: console.print(f"wrote {output}: {result['parameters']:,} parameters")
+
+
+def _recover(arguments: Namespace) -> Shown:
+    from adapt_pruner.recovery.estimate import estimate_recovery
+    from adapt_pruner.recovery.recover import recover
+
+    config = _config(RecoverConfig, arguments)
+    _quieten_transformers()
+    if config.dry_run:
+        return _estimates(estimate_recovery(config))
+    recovered = recover(config)
+    result = {"run_directory": str(recovered.run_directory), **recovered.metrics}
+    return result, lambda console: show.show_recovered(console, result)
+
+
+def _accel(arguments: Namespace) -> Shown:
+    from adapt_pruner.adapt_accel import accel
+    from adapt_pruner.recovery.estimate import estimate_accel
+
+    config = _config(AccelConfig, arguments)
+    _quieten_transformers()
+    if config.dry_run:
+        return _estimates(estimate_accel(config))
+    made = accel(config)
+    result = {"run_directory": str(made.run_directory), **made.metrics}
+    return result, lambda console: show.show_accelerated(console, result)
+
+
+def _estimates(estimates: Sequence[Any]) -> Shown:
+    result = {"stages": [dataclasses.asdict(e) for e in estimates]}
+    return result, lambda console: show.show_recovery_estimates(console, estimates)
 
 
 def _evaluate(arguments: Namespace) -> Shown:
@@ -307,6 +350,8 @@ def _demo(arguments: Namespace) -> Shown:
 _RUN: dict[str, Callable[[Namespace], Shown]] = {
     "prune": _prune,
     "apply": _apply,
+    "recover": _recover,
+    "accel": _accel,
     "evaluate": _evaluate,
     "compare": _compare,
     "inspect": _inspect,

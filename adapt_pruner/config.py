@@ -145,32 +145,32 @@ class PruneConfig:
         if not self.targets():
             raise MissingSetting(f"target is missing: expected at least one of {', '.join(_TARGETS)}")
         if self.target is None:
-            _require("target_of", self.target_of, "'all' without target", self.target_of == "all")
+            require("target_of", self.target_of, "'all' without target", self.target_of == "all")
         for name in ("target_context", "latency_batch", "latency_tokens"):
-            _require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
+            require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
         for name in ("round_to", "iterations", "search_evaluations", "num_sequences", "micro_batch_size"):
             value = getattr(self, name)
-            _require(name, value, "at least 1", value is None or value >= 1)
+            require(name, value, "at least 1", value is None or value >= 1)
         carry = self.carry_over
-        _require("carry_over", carry, "within 0 and 1", carry is None or 0 <= carry <= 1)
-        _require("sequence_length", self.sequence_length, "at least 2", self.sequence_length >= 2)
-        _require("seed", self.seed, "at least 0", self.seed >= 0)
-        _require("amplitude", self.amplitude, "finite, at least 0", 0 <= self.amplitude < math.inf)
+        require("carry_over", carry, "within 0 and 1", carry is None or 0 <= carry <= 1)
+        require("sequence_length", self.sequence_length, "at least 2", self.sequence_length >= 2)
+        require("seed", self.seed, "at least 0", self.seed >= 0)
+        require("amplitude", self.amplitude, "finite, at least 0", 0 <= self.amplitude < math.inf)
         for name in ("attention_rate", "mlp_rate"):
             rate = getattr(self, name)
-            _require(name, rate, "finite, at least 0, or not given", rate is None or 0 <= rate < math.inf)
-        _require(
+            require(name, rate, "finite, at least 0, or not given", rate is None or 0 <= rate < math.inf)
+        require(
             "mlp_rate",
             self.mlp_rate,
             "above 0 beside attention_rate 0",
             self.attention_rate != 0 or self.mlp_rate != 0,
         )
-        _require("ridge", self.ridge, "finite, above 0", 0 < self.ridge < math.inf)
-        _require_choices(self)
+        require("ridge", self.ridge, "finite, above 0", 0 < self.ridge < math.inf)
+        require_choices(self)
         if self.gradients == "fused" and self.num_sequences is not None:
             size = self.micro_batch_size
             expected = f"at least {self.num_sequences} (num_sequences), or gradients other than 'fused'"
-            _require("micro_batch_size", size, expected, size >= self.num_sequences)
+            require("micro_batch_size", size, expected, size >= self.num_sequences)
 
     def targets(self) -> dict[str, float | int]:
         """The targets that are given, by name, as `parse_amount` reads them."""
@@ -220,18 +220,36 @@ def parse_amount(name: str, value: float | str) -> float | int:
     raise ValueError(f"{name} is {value!r}, expected a fraction in (0, 1] or {example}")
 
 
-def _require(name: str, value: Any, expected: str, holds: bool) -> None:
+def parse_count(name: str, value: int | str) -> int:
+    """A count such as 100k, 1.5M or 20000.
+
+    Raises:
+        ValueError: it is none, or below one.
+    """
+    text = str(value).strip().replace("_", "").replace(",", "")
+    unit = text[-1:].lower()
+    try:
+        amount = float(text[:-1]) * _COUNTS[unit] if unit in _COUNTS else float(text)
+    except ValueError:
+        amount = math.nan
+    fits = amount >= 1 and math.isfinite(amount) and (unit in _COUNTS or amount.is_integer())
+    require(name, value, "a count such as 100k, 1.5M or 20000", fits)
+    return round(amount)
+
+
+def require(name: str, value: Any, expected: str, holds: bool) -> None:
+    """Raises ValueError with the setting, the value seen and what was expected, unless it `holds`."""
     if not holds:
         raise ValueError(f"{name} is {value!r}, expected {expected}")
 
 
-def _require_choices(config: Any) -> None:
+def require_choices(config: Any) -> None:
     """Every field with a Literal type has one of its values, or is None where it may be."""
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
         for choices in (kind, *get_args(kind)):
             if get_origin(choices) is Literal and not (value is None and choices is not kind):
-                _require(name, value, f"one of {get_args(choices)}", value in get_args(choices))
+                require(name, value, f"one of {get_args(choices)}", value in get_args(choices))
 
 
 @dataclass(frozen=True)
@@ -299,13 +317,13 @@ class EvaluateConfig:
     output: str | None = None
 
     def __post_init__(self) -> None:
-        _require("batch_size", self.batch_size, "at least 1", self.batch_size >= 1)
-        _require("context", self.context, "at least 2", self.context >= 2)
+        require("batch_size", self.batch_size, "at least 1", self.batch_size >= 1)
+        require("context", self.context, "at least 2", self.context >= 2)
         for name, least in (("stride", 1), ("max_tokens", 2), ("num_fewshot", 0), ("limit", 1)):
             value = getattr(self, name)
-            _require(name, value, f"at least {least}, or not given", value is None or value >= least)
-        _require("stride", self.stride, "at most the context", (self.stride or 1) <= self.context)
-        _require_choices(self)
+            require(name, value, f"at least {least}, or not given", value is None or value >= least)
+        require("stride", self.stride, "at most the context", (self.stride or 1) <= self.context)
+        require_choices(self)
 
 
 @dataclass(frozen=True)
@@ -392,13 +410,13 @@ class CompareConfig:
         if not self.output and not self.dry_run:
             raise MissingSetting("output is missing: expected the directory to create")
         for name in ("latency_batch", "latency_tokens"):
-            _require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
+            require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
         for name in ("models", "methods"):
-            _require(name, getattr(self, name), "at least one name", bool(split_names(getattr(self, name))))
+            require(name, getattr(self, name), "at least one name", bool(split_names(getattr(self, name))))
         page = self.page
-        _require("page", page, "a file that ends in .md", page is None or page.endswith(".md"))
+        require("page", page, "a file that ends in .md", page is None or page.endswith(".md"))
         self.fractions()
-        _require_choices(self)
+        require_choices(self)
 
     def fractions(self) -> tuple[float, ...]:
         """The targets as numbers.
@@ -408,7 +426,7 @@ class CompareConfig:
         """
         given = [parse_target(part) for part in split_names(str(self.targets))]
         fits = bool(given) and all(isinstance(value, float) and value < 1 for value in given)
-        _require("targets", self.targets, "fractions between 0 and 1, separated by commas", fits)
+        require("targets", self.targets, "fractions between 0 and 1, separated by commas", fits)
         return tuple(dict.fromkeys(given))
 
 
@@ -433,7 +451,7 @@ class InspectConfig:
     context: int = 1024
 
     def __post_init__(self) -> None:
-        _require("context", self.context, "at least 1", self.context >= 1)
+        require("context", self.context, "at least 1", self.context >= 1)
 
 
 @dataclass(frozen=True)
@@ -475,10 +493,10 @@ class BenchConfig:
     output: str | None = None
 
     def __post_init__(self) -> None:
-        _require("rounds", self.rounds, "at least 1", self.rounds >= 1)
+        require("rounds", self.rounds, "at least 1", self.rounds >= 1)
         threads = self.threads
-        _require("threads", threads, "at least 1, or not given", threads is None or threads >= 1)
-        _require("seed", self.seed, "at least 0", self.seed >= 0)
-        _require("threshold", self.threshold, "finite, above 0", 0 < self.threshold < math.inf)
-        _require("models", self.models, "not given beside shapes", not (self.models and self.shapes))
-        _require_choices(self)
+        require("threads", threads, "at least 1, or not given", threads is None or threads >= 1)
+        require("seed", self.seed, "at least 0", self.seed >= 0)
+        require("threshold", self.threshold, "finite, above 0", 0 < self.threshold < math.inf)
+        require("models", self.models, "not given beside shapes", not (self.models and self.shapes))
+        require_choices(self)

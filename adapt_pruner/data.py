@@ -23,13 +23,14 @@ import torch
 from adapt_pruner.assets import cache_dir, fetch_text
 
 if TYPE_CHECKING:
+    import datasets
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_SOURCE = "default"
 # Tenths of all documents, by the content hash modulo ten.
 PARTS: dict[str, range] = {"held-out": range(1), "calibration": range(1, 3), "recovery": range(3, 10)}
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_TOKENIZE_BATCH = 1024
+TOKENIZE_BATCH = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,11 +138,15 @@ def _read_source(source: str, column: str | None, split: str, *, streaming: bool
         return _read_table(path, column) if is_table else re.split(r"\n\s*\n", read_text(path))
     if path.is_file():
         raise ValueError(f"{source!r} is a file of an unknown kind {path.suffix!r}; known: {_suffixes()}")
-    return _read_hub(source, column, split, streaming=streaming)
+    return column_texts(_load_hub(source, split, streaming=streaming), source, column)
 
 
 def _suffixes() -> str:
-    return ", ".join((".txt", *_LOADERS))
+    return f".txt, {_tables()}"
+
+
+def _tables() -> str:
+    return ", ".join(_LOADERS)
 
 
 def read_text(path: Path) -> str:
@@ -164,25 +169,51 @@ def _read_table(path: Path, column: str | None) -> Iterator[str]:
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"{str(path)!r} could not be read as {path.suffix} ({cause})") from error
-    return _column(rows, str(path), column)
+    return column_texts(rows, str(path), column)
 
 
-def _read_hub(source: str, column: str | None, split: str, *, streaming: bool) -> Iterator[str]:
+def stream_rows(source: str, split: str = "train") -> datasets.IterableDataset:
+    """A data set of the hub, or a local table, in its streaming form: rows are read as they are needed.
+
+    Raises:
+        ValueError: there is no such data set, or the source is plain text.
+    """
+    import datasets
+
+    path = Path(source).expanduser()
+    if source == DEFAULT_SOURCE or path.suffix == ".txt":
+        raise ValueError(f"{source!r} cannot be streamed; expected a data set of the hub, or {_tables()}")
+    if path.suffix not in _LOADERS:
+        return _load_hub(source, split, streaming=True)
+    if not path.is_file():
+        raise ValueError(f"text file {source!r} does not exist")
+    return datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train", streaming=True)
+
+
+def _load_hub(source: str, split: str, *, streaming: bool) -> Any:
     import datasets
 
     name, _, configuration = source.partition(":")
     try:
-        rows = datasets.load_dataset(name, configuration or None, split=split, streaming=streaming)
+        return datasets.load_dataset(name, configuration or None, split=split, streaming=streaming)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         message = (str(error).strip().splitlines() or ["no message"])[0]
         raise ValueError(
             f"no text source {source!r}: it is not 'default', not a local file ({_suffixes()}), and the data "
             f"set could not be loaded ({type(error).__name__}: {message})"
         ) from error
-    return _column(rows, source, column)
 
 
-def _column(rows: Any, source: str, column: str | None) -> Iterator[str]:
+def column_texts(rows: Any, source: str, column: str | None) -> Iterator[str]:
+    """The texts in a column of a data set of the library `datasets`, without missing ones.
+
+    Args:
+        rows: the data set, streamed or not.
+        source: what messages call it.
+        column: "text" if None.
+    Raises:
+        ValueError: it has no such column; while iterating: a value is not text.
+    """
     name = "text" if column is None else column
     columns = rows.column_names or list(next(iter(rows), {}))  # unknown before the first row of some streams
     if name not in columns:
@@ -232,14 +263,18 @@ def tokenize(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> To
 
 def _tokenize(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
     pieces: list[np.ndarray] = []
-    for start in range(0, len(documents), _TOKENIZE_BATCH):
-        batch = list(documents[start : start + _TOKENIZE_BATCH])
-        # verbose=False: whole documents may be longer than the model's context, which is no mistake here.
-        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        pieces += [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+    for start in range(0, len(documents), TOKENIZE_BATCH):
+        pieces += token_ids(documents[start : start + TOKENIZE_BATCH], tokenizer)
     offsets = np.zeros(len(pieces) + 1, dtype=np.int64)
     np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
     return (np.concatenate(pieces) if pieces else np.zeros(0, np.int32)), offsets
+
+
+def token_ids(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+    """Token ids of each document, [length] int32, without special tokens and never truncated."""
+    # verbose=False: whole documents may be longer than the model's context, which is no mistake here.
+    encoded = tokenizer(list(documents), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -14,9 +14,10 @@ import torch
 
 from adapt_pruner.allocation import Floats
 from adapt_pruner.assets import resolve_model
-from adapt_pruner.budget import UnitBudget
+from adapt_pruner.budget import Counts, UnitBudget
 from adapt_pruner.calibration import calibration_tokens, draw, with_prefix
 from adapt_pruner.checkpoint import (
+    Checkpoint,
     atomic_directory,
     config_hash,
     open_checkpoint,
@@ -27,7 +28,7 @@ from adapt_pruner.config import PruneConfig
 from adapt_pruner.data import TokenizedDocuments
 from adapt_pruner.engines.device import deterministic, peak_memory, resolve_device
 from adapt_pruner.engines.in_memory import InMemoryEngine
-from adapt_pruner.families import find_family, layer_widths, unit_counts
+from adapt_pruner.families import Family, find_family, layer_widths, unit_counts
 from adapt_pruner.iteration import iterate
 from adapt_pruner.latency import Latency, usage
 from adapt_pruner.layer_removal import layer_parameters, removable_parameters, remove_layers
@@ -55,6 +56,17 @@ class IterationReport:
     resources: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """What earlier runs have taken from a model: its units before all of them, and how sparse layers are now.
+
+    `sparsity` has for each layer the cumulative fraction that the allocation is at (algorithm.md section 4).
+    """
+
+    initial: Counts
+    sparsity: tuple[float, ...]
+
+
 OnIteration = Callable[[IterationReport], None]
 
 
@@ -71,31 +83,31 @@ class PruneResult:
     metrics: dict[str, Any]
 
 
-def prune(
-    config: PruneConfig, *, method: Method | None = None, on_iteration: OnIteration | None = None
-) -> PruneResult:
-    """Prunes a model to a budget of parameters or other resources and writes a run directory.
+@dataclass(frozen=True)
+class Setup:
+    """What settings and headers say of a run: settings without gaps, what is scored, and how much may stay.
 
-    What headers and text tell is checked before any weight is loaded, and the weights before the run
-    directory is made. The run can be killed at any moment; with `resume` it goes on behind the last finished
-    iteration and ends with the same bytes.
+    `target` counts all parameters.
+    """
+
+    config: PruneConfig
+    estimator: Estimator | None
+    family: Family
+    budget: UnitBudget
+    embeddings: int
+    target: int
+
+
+def set_up(
+    config: PruneConfig, method: Method, checkpoint: Checkpoint, progress: Progress | None = None
+) -> Setup:
+    """Resolves the settings of a run; no weight is read.
 
     Args:
-        method: instead of the one that `config` names, such as one of your own.
-        on_iteration: called after each finished iteration.
+        progress: of earlier runs on this model.
     Raises:
-        ValueError: a setting, the model, the target or the calibration text does not fit; the message names
-            the value seen and what was expected.
-        FileExistsError: the output directory is not empty.
-        OSError: not enough disk space for the pruned model.
-    Source: arXiv 2502.03460 section 3, algorithm.md section 4.
+        ValueError: settings that do not fit the model, or a target out of its reach.
     """
-    checkpoint = open_checkpoint(resolve_model(config.model))
-    method = method or find_method(config.method)
-    if method.removes == "dimensions":
-        from adapt_pruner.slicegpt_run import prune_dimensions  # which is built of parts of this file
-
-        return prune_dimensions(config, method, checkpoint, on_iteration)
     family = find_family(checkpoint.config.get("model_type"))
     widths = layer_widths(checkpoint.config)
     config, estimator = resolve(config, len(widths), method)
@@ -109,6 +121,8 @@ def prune(
     if estimator is not None and any(layer.num_experts for layer in widths):
         require_experts_supported(config, estimator)
     budget, embeddings = header_budget(checkpoint, family)
+    if progress is not None:
+        budget = dataclasses.replace(budget, initial=progress.initial)
     budget = restricted(config, budget)
     added = added_parameters(config, checkpoint, family)
     floor = budget.floor + added
@@ -116,6 +130,43 @@ def prune(
         sizes = layer_parameters(checkpoint, family)
         floor = budget.num_parameters - removable_parameters(sizes, budget.protected)
     target = resolve_target(config, budget, embeddings, floor=floor, added=added)
+    return Setup(config, estimator, family, budget, embeddings, target)
+
+
+def prune(
+    config: PruneConfig,
+    *,
+    method: Method | None = None,
+    on_iteration: OnIteration | None = None,
+    progress: Progress | None = None,
+) -> PruneResult:
+    """Prunes a model to a budget of parameters or other resources and writes a run directory.
+
+    What headers and text tell is checked before any weight is loaded, and the weights before the run
+    directory is made. The run can be killed at any moment; with `resume` it goes on behind the last finished
+    iteration and ends with the same bytes.
+
+    Args:
+        method: instead of the one that `config` names, such as one of your own.
+        on_iteration: called after each finished iteration.
+        progress: of earlier runs that the model comes from, which this one goes on with.
+    Raises:
+        ValueError: a setting, the model, the target or the calibration text does not fit; the message names
+            the value seen and what was expected.
+        FileExistsError: the output directory is not empty.
+        OSError: not enough disk space for the pruned model.
+    Source: arXiv 2502.03460 section 3, algorithm.md section 4.
+    """
+    checkpoint = open_checkpoint(resolve_model(config.model))
+    method = method or find_method(config.method)
+    if method.removes == "dimensions":
+        from adapt_pruner.slicegpt_run import prune_dimensions  # which is built of parts of this file
+
+        return prune_dimensions(config, method, checkpoint, on_iteration)
+    setup = set_up(config, method, checkpoint, progress)
+    config, estimator, family = setup.config, setup.estimator, setup.family
+    budget, target = setup.budget, setup.target
+    granularity = config.granularity or "kv_group"
     resources = find_resources(config, checkpoint, family, budget)
     removes = restricted(config, budget, resources).over(budget.current, target)
     removes |= config.targets().get("target_latency", 1.0) != 1.0
@@ -141,26 +192,23 @@ def prune(
         latency = Latency(config, engine, budget, state["latency"] if state else None)
     run = RunDirectory.open(output, config, resume=config.resume)
     try:
-        what = (config, estimator, run, engine, tokens, budget, embeddings, target, resources, latency)
-        _prune(*what, on_iteration)
+        _prune(setup, run, engine, tokens, resources, latency, progress, on_iteration)
         return _result(run)
     finally:
         run.close()
 
 
 def _prune(
-    config: PruneConfig,
-    estimator: Estimator | None,
+    setup: Setup,
     run: RunDirectory,
     engine: InMemoryEngine,
     tokens: TokenizedDocuments,
-    budget: UnitBudget,
-    embeddings: int,
-    target: int,
     resources: tuple[Resource, ...],
     latency: Latency | None,
+    progress: Progress | None,
     on_iteration: OnIteration | None,
 ) -> None:
+    config, estimator, budget, target = setup.config, setup.estimator, setup.budget, setup.target
     units = unit_counts(engine.family, engine.widths)
     plan = PruningPlan(
         base_model=config.model,
@@ -171,7 +219,7 @@ def _prune(
         initial_units=units,
         keep_indices=tuple({k: np.arange(n) for k, n in layer.items()} for layer in units),
     )
-    sparsity: Floats = np.zeros(len(budget.initial))
+    sparsity: Floats = np.array(progress.sparsity) if progress else np.zeros(len(budget.initial))
     earlier: Scores | None = None
     iteration = 0
     state = run.load_state()
@@ -233,11 +281,11 @@ def _prune(
                         for old, new in zip(plan.keep_indices, keep, strict=True)
                     ),
                 )
-            progress = {"sparsity": sparsity.tolist(), "plan": plan.to_json()}
+            state = {"sparsity": sparsity.tolist(), "plan": plan.to_json()}
             run.save_iteration(
                 iteration,
                 record,
-                progress | ({"latency": latency.state()} if latency else {}),
+                state | ({"latency": latency.state()} if latency else {}),
                 _column_tensors(config, engine) | (earlier.tensors() if earlier else {}),
             )
             run.log("iteration", **{key: record[key] for key in ("iteration", "loss", "parameters")})
@@ -255,7 +303,7 @@ def _prune(
     plan.save(run.plan)
     records = run.iterations()
     used = usage(resources, latency, now) if now else {}
-    write_json(run.metrics, _metrics(config, engine, budget, embeddings, target, used, records))
+    write_json(run.metrics, _metrics(config, engine, budget, setup.embeddings, target, used, records))
     if records:
         plot_run(records, run.path / "widths.png", initial=units)
     if not run.model.exists():

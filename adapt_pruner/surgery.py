@@ -283,19 +283,34 @@ class _TensorSource:
         return gather_members({self._base_name: tensor}, self._members, self._keep)[self._base_name]
 
 
+def pruned_members(
+    plan: PruningPlan, family: Family, base: Sequence[LayerWidths], tensors: Mapping[str, Any]
+) -> dict[str, tuple[list[UnitTensor], Indices]]:
+    """Of each tensor that loses rows or columns: what of it belongs to units, and which of these stay.
+
+    Args:
+        base: widths of the base model.
+        tensors: its tensors, or their headers, by name.
+    """
+    pruned: dict[str, tuple[list[UnitTensor], Indices]] = {}
+    for layer, (widths, keep) in enumerate(zip(base, plan.keep_indices, strict=True)):
+        for kind in family.kinds_in(widths):
+            for member in family.unit_tensors(kind, layer, widths, tensors):
+                if kind.name != "expert" or member.expert is None:  # an expert goes with whole tensors
+                    pruned.setdefault(member.name, ([], keep[kind.name]))[0].append(member)
+    return pruned
+
+
 def _tensor_sources(
     plan: PruningPlan, checkpoint: Checkpoint, family: Family, base: tuple[LayerWidths, ...]
 ) -> list[_TensorSource]:
-    pruned: dict[str, tuple[list[UnitTensor], Indices]] = {}
+    pruned = pruned_members(plan, family, base, checkpoint.tensors)
     names = {name: name for name in checkpoint.tensors}
     for layer, (widths, keep) in enumerate(zip(base, plan.keep_indices, strict=True)):
         for kind in family.kinds_in(widths):
-            members = family.unit_tensors(kind, layer, widths, checkpoint.tensors)
             if kind.name == "expert":
+                members = family.unit_tensors(kind, layer, widths, checkpoint.tensors)
                 _renumber_experts(names, members, keep[kind.name])
-                members = tuple(member for member in members if member.expert is None)
-            for member in members:
-                pruned.setdefault(member.name, ([], keep[kind.name]))[0].append(member)
     return [
         _TensorSource(base_name, name, checkpoint.tensors[base_name], *pruned.get(base_name, ()))
         for base_name, name in names.items()

@@ -89,14 +89,14 @@ def _page(rows: Sequence[Row], lines: Sequence[Line], info: Mapping[str, Any], f
     for model in dict.fromkeys(line["model"] for line in lines):
         parts += _model(model, [line for line in lines if line["model"] == model], info)
     parts += ["## How it was made\n", "```sh", *info["calls"], "```\n"]
-    parts.append(_table(["setting", "value"], [[f"`{k}`", _plain(v)] for k, v in settings.items()]))
+    parts.append(markdown_table(["setting", "value"], [[f"`{k}`", _plain(v)] for k, v in settings.items()]))
     environments = {
         json.dumps(environment, sort_keys=True): environment
         for row in rows
         for environment in row.environments
     }
     for environment in environments.values():
-        parts.append(_environment(environment))
+        parts.append(environment_line(environment))
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -153,13 +153,13 @@ def _model(model: str, lines: Sequence[Line], info: Mapping[str, Any]) -> list[s
             _number(line["tokens_per_second"], ".0f"),
         ]
         cells.append(row)
-    parts = [f"## {model}\n", _table(header, cells)]
+    parts = [f"## {model}\n", markdown_table(header, cells)]
     if tasks:
         rows = [
             [line["method"], _number(line["target"], "g"), *(_measured(line, task) for task in tasks)]
             for line in lines
         ]
-        parts.append(_table(["method", "target", *tasks], rows))
+        parts.append(markdown_table(["method", "target", *tasks], rows))
     notes = [f"- {_title(line)}: {line['note']}" for line in lines if line["note"]]
     notes += [f"- {_title(line)} {missed}" for line in lines if (missed := _missed(line, _share(info)))]
     notes += [f"- {_title(line)} failed, {line['failure']}" for line in lines if line["failure"]]
@@ -194,12 +194,14 @@ def _plain(value: Any) -> str:
     return "not given" if value is None else str(value)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of cells as Markdown."""
     lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _environment(environment: Mapping[str, Any]) -> str:
+def environment_line(environment: Mapping[str, Any]) -> str:
+    """Hardware, versions and revision of a run in a sentence."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
     where = [environment["processor"], f"{environment['threads']} threads", *environment["cuda_devices"]]
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from adapt_pruner.evaluation.evaluate import EvaluationResult
     from adapt_pruner.inspection import LayerSummary, ModelSummary
     from adapt_pruner.pruner import IterationReport
+    from adapt_pruner.recovery.estimate import Estimate
 
 
 class PruningBar:
@@ -116,6 +118,53 @@ def show_pruned(console: Console, result: dict[str, Any]) -> None:
         f"{result['iterations']} iterations, "
         f"{result['seconds']:.0f} s, peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB"
     )
+
+
+def show_recovered(console: Console, result: dict[str, Any]) -> None:
+    held_out = result["held_out_perplexity"]
+    console.print(
+        f"{escape(result['run_directory'])}: {result['steps']} steps, {result['tokens']:,} tokens, loss "
+        f"{result['loss_first']:.4f} -> {result['loss_last']:.4f}"
+        f"{'' if held_out is None else f', held-out perplexity {held_out:.3f}'}; "
+        f"{result['tokens_per_second']:,.0f} tokens/s, "
+        f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )
+
+
+def show_accelerated(console: Console, result: dict[str, Any]) -> None:
+    table = Table(title=escape(result["run_directory"]))
+    for column in ("stage", "parameters", "pruned", "trained", "held-out perplexity", "steps", "tokens"):
+        table.add_column(column)
+    for line in result["stages"]:
+        held_out = line["held_out_perplexity"]
+        table.add_row(
+            str(line["stage"]),
+            f"{line['parameters']:,}",
+            f"{line['pruned_loss']:.4f}",
+            f"{line['loss_last']:.4f}",
+            "-" if held_out is None else f"{held_out:.3f}",
+            str(line["steps"]),
+            f"{line['tokens']:,}",
+        )
+    console.print(table)
+
+
+def show_recovery_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
+    table = Table("stage", "parameters", "steps", "tokens", "pruning", "training", "GiB of a process")
+    for e in estimates:
+        minutes = (f"{e.pruning_minutes:.1f} min", f"{e.training_minutes:.1f} min")
+        stage = "-" if e.stage is None else str(e.stage)
+        table.add_row(
+            stage,
+            f"{e.parameters:,}",
+            str(e.steps),
+            f"{e.tokens:,}",
+            *minutes,
+            f"{e.memory_bytes / 2**30:.2f}",
+        )
+    console.print(table)
+    total = sum(e.pruning_minutes + e.training_minutes for e in estimates)
+    console.print(f"about {total:.0f} minutes, by rates measured here just now")
 
 
 def show_methods(console: Console, result: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""Recovery: training a pruned model, on one process or sharded over several."""
