@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import distributed
 from torch.utils.data import Dataset, Subset
-from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
 from adapt_pruner.assets import resolve_model
 from adapt_pruner.checkpoint import (
@@ -126,7 +127,11 @@ def recover(
         _wait_for_all()
         resumed = last_checkpoint(output / CHECKPOINTS)
         trainer = _trainer(config, arguments, checkpoint, teacher, data, part)
-        trainer.callback_handler.callbacks.extend(callbacks)
+        trainer.pop_callback(PrinterCallback)
+        if trainer.pop_callback(ProgressCallback):
+            trainer.add_callback(_Progress)
+        for callback in callbacks:
+            trainer.add_callback(callback)
         if first:
             trainer.add_callback(_RunLog(run))
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
@@ -332,6 +337,15 @@ def _save(
         run.log("finished", **metrics)
         shutil.rmtree(run.path / CHECKPOINTS)
     _wait_for_all()
+
+
+class _Progress(ProgressCallback):
+    """The Trainer's bar with what is logged on stderr, not on stdout, where a command has its result."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+        if self.training_bar is not None:
+            shown = {name: f"{value:.4g}" for name, value in logs.items() if isinstance(value, float)}
+            self.training_bar.write(str(shown), file=sys.stderr)
 
 
 class _RunLog(TrainerCallback):

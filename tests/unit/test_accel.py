@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from adapt_pruner.adapt_accel import accel, plan_stages
 from adapt_pruner.checkpoint import open_checkpoint
+from adapt_pruner.cli import main
 from adapt_pruner.plan import PruningPlan
 from adapt_pruner.recovery.config import AccelConfig
+from adapt_pruner.recovery.estimate import estimate_accel
 from adapt_pruner.recovery.trainer import Diverged
 
 STEPS = 6  # of all stages
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +225,42 @@ def test_bad_settings_write_nothing(config, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         accel(replace(config, output=str(tmp_path / "run"), **changes))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_valid_settings(recipe):
+    config = AccelConfig(**yaml.safe_load(recipe.read_text()), output="unused")
+    assert config.recovery("model", "unused", False).token_budget() >= 10**5
+
+
+def test_dry_run_says_what_the_run_then_does(config, whole_run):
+    estimates = estimate_accel(replace(config, output="", dry_run=True))
+    assert [e.steps for e in estimates] == [line["steps"] for line in whole_run.metrics["stages"]]
+    assert [e.tokens for e in estimates] == [line["tokens"] for line in whole_run.metrics["stages"]]
+    for estimate, line in zip(estimates, whole_run.metrics["stages"], strict=True):
+        assert 0 <= estimate.parameters - line["parameters"] < 500
+        assert estimate.pruning_minutes > 0
+        assert estimate.training_minutes > 0
+        weights = 16 * estimate.parameters
+        assert weights < estimate.memory_bytes
+
+
+def test_command_line(config, tmp_path, capsys, monkeypatch):
+    """The settings file is the argument; what the line says overrides it."""
+    monkeypatch.chdir(tmp_path)
+    values = asdict(config) | {"stages": 2}
+    del values["output"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    assert main(["accel", "recipe.yaml", "--dry-run", "--json"]) == 0
+    assert [line["stage"] for line in json.loads(capsys.readouterr().out)["stages"]] == [1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+    assert main(["accel", "recipe.yaml", "--output", "run", "--target", "0.9", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["stages"]) == 2
+    assert result["parameters_after"] > 0.89 * 112_368
+    assert main(["recover", "run", "--dry-run", "--data", config.recover["data"], "--batch-size", "8",
+                 "--sequence-length", "32", "--json"]) == 0  # fmt: skip
+    (line,) = json.loads(capsys.readouterr().out)["stages"]
+    assert line["parameters"] == result["parameters_after"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["accel", "missing.yaml", "--output", "other"])
