@@ -15,6 +15,7 @@ import torch
 from torch import distributed
 from torch.utils.data import Dataset, Subset
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from adapt_pruner.assets import resolve_model
 from adapt_pruner.checkpoint import (
@@ -24,10 +25,10 @@ from adapt_pruner.checkpoint import (
     write_json,
 )
 from adapt_pruner.data import check_vocabulary, prefix_token, stream_rows
-from adapt_pruner.engines.device import peak_memory, resolve_device
+from adapt_pruner.engines.device import deterministic, peak_memory, resolve_device
 from adapt_pruner.engines.in_memory import load_model
 from adapt_pruner.inspection import summarize
-from adapt_pruner.recovery.adapters import add_adapters, merge_adapters
+from adapt_pruner.recovery.adapters import add_adapters, merge_adapters, require_peft
 from adapt_pruner.recovery.checkpoint import save_model, save_training_state
 from adapt_pruner.recovery.config import RecoverConfig
 from adapt_pruner.recovery.losses import Distillation
@@ -105,6 +106,8 @@ def recover(
         FileExistsError: the output directory is not empty.
     Source: arXiv 2502.03460 section 3.3.
     """
+    if config.lora_rank:
+        require_peft()
     checkpoint = open_checkpoint(resolve_model(config.model))
     teacher = open_checkpoint(resolve_model(config.teacher)) if config.teacher else None
     _require_same_vocabulary(checkpoint, teacher)
@@ -127,15 +130,12 @@ def recover(
         _wait_for_all()
         resumed = last_checkpoint(output / CHECKPOINTS)
         trainer = _trainer(config, arguments, checkpoint, teacher, data, part)
-        trainer.pop_callback(PrinterCallback)
-        if trainer.pop_callback(ProgressCallback):
-            trainer.add_callback(_Progress)
+        _log_to(run, trainer)
         for callback in callbacks:
             trainer.add_callback(callback)
-        if first:
-            trainer.add_callback(_RunLog(run))
-        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        _save(config, trainer, checkpoint, run, part)
+        with deterministic(arguments.device):
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+            _save(config, trainer, checkpoint, run, part)
     finally:
         run.close()
     return _result(run)
@@ -267,6 +267,7 @@ def _trainer(
 ) -> RecoveryTrainer:
     model = load_model(checkpoint, device=str(arguments.device), dtype="fp32")
     if config.lora_rank:
+        torch.manual_seed(config.seed)  # they begin with random numbers, the same in all processes
         model = add_adapters(model, rank=config.lora_rank, alpha=config.lora_alpha)
     precision = torch.bfloat16 if arguments.bf16 else None
     if arguments.world_size > 1:
@@ -331,12 +332,25 @@ def _save(
     if first:
         write_json(run.metrics, metrics)
     model = merge_adapters(trainer.model) if config.lora_rank else trainer.model
+    model.config.use_cache = checkpoint.config.get("use_cache", True)  # which the Trainer turns off
     dtype = _DTYPES[summarize(checkpoint.directory).dtype]
     save_model(run.model, model, dtype=dtype, side_files=checkpoint.directory)
     if first:
         run.log("finished", **metrics)
         shutil.rmtree(run.path / CHECKPOINTS)
     _wait_for_all()
+
+
+def _log_to(run: RunDirectory, trainer: RecoveryTrainer) -> None:
+    """What is logged goes to the run directory, and to stderr as the Trainer's bar does."""
+    trainer.pop_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(_Progress)
+    if trainer.args.process_index == 0:
+        trainer.add_callback(_RunLog(run))
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = str(run.path / "tensorboard")  # not among the checkpoints
 
 
 class _Progress(ProgressCallback):

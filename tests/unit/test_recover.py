@@ -30,7 +30,6 @@ def config(tiny_models, calibration_file, tmp_path_factory) -> RecoverConfig:
         save_steps=2,
         eval_steps=3,
         eval_tokens=256,
-        loggers="none",
     )
 
 
@@ -52,6 +51,8 @@ def test_run(config, whole_run):
     assert len(_log(whole_run, "eval_loss")) >= 2
     assert all(rate > 0 for rate in _log(whole_run, "mfu"))
     assert not (whole_run.run_directory / "checkpoints").exists()
+    assert list((whole_run.run_directory / "tensorboard").glob("events.out.*"))
+    assert json.loads((whole_run.model_directory / "config.json").read_text())["use_cache"] is True
     model = AutoModelForCausalLM.from_pretrained(whole_run.model_directory)
     assert model.dtype == torch.float32
     rates = _log(whole_run, "learning_rate")
