@@ -394,9 +394,9 @@ def test_without_processes_there_is_one_rank():
 
 def test_bad_arguments_of_shard():
     class Mesh:
-        ndim, shape = 2, (1, 2)
+        ndim, shape = 3, (1, 2, 1)
 
-    with pytest.raises(ValueError, match=r"shape \(1, 2\), expected one dimension"):
+    with pytest.raises(ValueError, match=r"shape \(1, 2, 1\), expected one dimension or two"):
         shard(make_model("llama"), Mesh())
     Mesh.ndim = 1
     with pytest.raises(ValueError, match=r"mixed_precision is torch\.float16"):
