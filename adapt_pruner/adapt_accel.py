@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from adapt_pruner.assets import resolve_model
 from adapt_pruner.checkpoint import Checkpoint, atomic_directory, open_checkpoint, write_json
+from adapt_pruner.engines.device import resolve_device
 from adapt_pruner.methods import find_method
 from adapt_pruner.plan import PruningPlan
 from adapt_pruner.pruner import OnIteration, Progress, Setup, prune, set_up
 from adapt_pruner.recovery.config import AccelConfig
 from adapt_pruner.recovery.moments import Moments
 from adapt_pruner.recovery.recover import KEPT_STATE, Part, recover, recovery_data, whole
-from adapt_pruner.recovery.sharding import join_processes
 from adapt_pruner.recovery.split import split_examples
 from adapt_pruner.run import RunDirectory
+from adapt_pruner.sharding import join_processes, together
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -79,12 +79,12 @@ def accel(
 ) -> AccelResult:
     """Prunes a model in stages, trains it after each, and writes a run directory.
 
-    Started by torchrun, all processes train together; the first one prunes. It can be killed at any moment;
-    with `resume` it goes on with the stage it was in, and with the checkpoint of its training.
+    Started by torchrun, all processes prune and train together. It can be killed at any moment; with `resume`
+    it goes on with the stage it was in, and with the checkpoint of its training.
 
     Args:
         callbacks: of transformers' Trainer, in every stage.
-        on_iteration: called after each iteration of pruning.
+        on_iteration: called after each iteration of pruning, in the first process.
     Raises:
         ValueError: a setting, the model, the target or the text does not fit.
         Diverged: the loss of a stage is not finite or far above its beginning. The stages before it remain.
@@ -92,15 +92,18 @@ def accel(
     Source: arXiv 2502.03460 section 3.3, algorithm.md section 5.
     """
     checkpoint = open_checkpoint(resolve_model(config.model))
+    device = resolve_device(config.recovery(config.model, "-", False).device)
+    first = join_processes(device.type).rank == 0
     output = Path(config.output)
     run = RunDirectory(output)
-    run.check(config, resume=config.resume)
+    with together():  # all see the directory as it was
+        run.check(config, resume=config.resume)
     if run.complete:
         return _result(run)
     setup, stages = plan_stages(config, checkpoint)
-    first = join_processes(config.recovery(config.model, "-", False).device).rank == 0
-    if first:
-        run = RunDirectory.open(output, config, resume=config.resume)
+    with together():
+        if first:
+            run = RunDirectory.open(output, config, resume=config.resume)
     try:
         progress = Progress(setup.budget.initial, (0.0,) * len(setup.budget.initial))
         model, state = config.model, None
@@ -108,9 +111,7 @@ def accel(
             pruned, trained = (RunDirectory(output / "stages" / stage.name / each) for each in _RUNS)
             if not trained.complete:
                 settings = config.pruning(stage.number, stage.target, model, str(pruned.path), True)
-                if first:
-                    prune(settings, on_iteration=on_iteration, progress=progress)
-                _wait_for(pruned)
+                prune(settings, on_iteration=on_iteration, progress=progress)
                 moments = None
                 if state is not None and config.optimizer_state == "keep":
                     moments = Moments(state, PruningPlan.load(pruned.plan), resolve_model(model))
@@ -126,9 +127,9 @@ def accel(
                 _remove(pruned.model, state)
             progress = _after(progress, pruned)
             model, state = str(trained.model), trained.path / KEPT_STATE
-        if first:
-            _finish(run, stages, state)
-        _wait_for(run)
+        with together():
+            if first:
+                _finish(run, stages, state)
     finally:
         run.close()
     return _result(run)
@@ -175,12 +176,6 @@ def _after(progress: Progress, pruned: RunDirectory) -> Progress:
     """The progress behind a pruning that went on from this one."""
     records = pruned.iterations()
     return replace(progress, sparsity=tuple(records[-1]["sparsity"])) if records else progress
-
-
-def _wait_for(run: RunDirectory) -> None:
-    """Until the first process has finished a run; if that fails, torchrun ends the others."""
-    while not run.complete:
-        time.sleep(1.0)
 
 
 def _remove(*what: Path | None) -> None:

@@ -25,7 +25,7 @@ from adapt_pruner.budget import UnitBudget
 from adapt_pruner.calibration import draw
 from adapt_pruner.config import PruneConfig
 from adapt_pruner.data import TokenizedDocuments
-from adapt_pruner.engines.in_memory import InMemoryEngine
+from adapt_pruner.engines import Engine, InMemoryEngine
 from adapt_pruner.latency import Keep, Latency, usage
 from adapt_pruner.resources import Resource
 from adapt_pruner.scoring import Estimator, Scores
@@ -36,7 +36,7 @@ SEARCHED = 64  # calibration sequences that the allocation search measures losse
 def iterate(
     config: PruneConfig,
     estimator: Estimator,
-    engine: InMemoryEngine,
+    engine: Engine,
     tokens: TokenizedDocuments,
     budget: UnitBudget,
     sparsity: Floats,
@@ -97,6 +97,7 @@ def iterate(
 
     search: Search | None = None
     if config.allocation == "search":
+        assert isinstance(engine, InMemoryEngine)
         with engine.masked_loss(batch[:SEARCHED], micro_batch_size=config.micro_batch_size) as loss:
             allocation, search = allocate_by_search(
                 budget,
@@ -111,8 +112,11 @@ def iterate(
                 seed=(config.seed, iteration),
             )
         keep = kept(allocation.counts)
+    elif latency:
+        assert isinstance(engine, InMemoryEngine)
+        allocation, keep = latency.settle(budget, target, choose, engine)
     else:
-        allocation, keep = latency.settle(budget, target, choose, engine) if latency else choose(budget)
+        allocation, keep = choose(budget)
     clock.append(time.perf_counter())
     widths = engine.widths
     engine.remove_units(

@@ -18,7 +18,6 @@ from adapt_pruner.budget import Counts, UnitBudget
 from adapt_pruner.calibration import calibration_tokens, draw, with_prefix
 from adapt_pruner.checkpoint import (
     Checkpoint,
-    atomic_directory,
     config_hash,
     open_checkpoint,
     require_free_space,
@@ -26,8 +25,8 @@ from adapt_pruner.checkpoint import (
 )
 from adapt_pruner.config import PruneConfig
 from adapt_pruner.data import TokenizedDocuments
+from adapt_pruner.engines import Engine, InMemoryEngine
 from adapt_pruner.engines.device import deterministic, peak_memory, resolve_device
-from adapt_pruner.engines.in_memory import InMemoryEngine
 from adapt_pruner.families import Family, find_family, layer_widths, unit_counts
 from adapt_pruner.iteration import iterate
 from adapt_pruner.latency import Latency, usage
@@ -36,9 +35,10 @@ from adapt_pruner.methods import Method, find_method, require_experts_supported,
 from adapt_pruner.plan import PruningPlan
 from adapt_pruner.report.plots import plot_run
 from adapt_pruner.resources import Resource, find_resources
-from adapt_pruner.run import RunDirectory
+from adapt_pruner.run import FollowedRun, RunDirectory
 from adapt_pruner.run_budget import added_parameters, header_budget, resolve_target, restricted, saved_bytes
 from adapt_pruner.scoring import Estimator, Scores
+from adapt_pruner.sharding import join_processes, together, world
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def set_up(
     Args:
         progress: of earlier runs on this model.
     Raises:
-        ValueError: settings that do not fit the model, or a target out of its reach.
+        ValueError: settings that do not fit the model or the number of processes, or a target out of its
+            reach.
     """
     family = find_family(checkpoint.config.get("model_type"))
     widths = layer_widths(checkpoint.config)
@@ -120,6 +121,10 @@ def set_up(
     family = family.with_granularity(granularity, config.mlp_granularity)
     if estimator is not None and any(layer.num_experts for layer in widths):
         require_experts_supported(config, estimator)
+    if world().size > 1:
+        from adapt_pruner.engines.sharded import require_supported
+
+        require_supported(config, estimator, widths)
     budget, embeddings = header_budget(checkpoint, family)
     if progress is not None:
         budget = dataclasses.replace(budget, initial=progress.initial)
@@ -146,9 +151,12 @@ def prune(
     directory is made. The run can be killed at any moment; with `resume` it goes on behind the last finished
     iteration and ends with the same bytes.
 
+    Started by torchrun, all processes prune one model that none of them holds whole. They share the output
+    directory, in which the first one writes, and each gets the result.
+
     Args:
         method: instead of the one that `config` names, such as one of your own.
-        on_iteration: called after each finished iteration.
+        on_iteration: called after each finished iteration, in the first process.
         progress: of earlier runs that the model comes from, which this one goes on with.
     Raises:
         ValueError: a setting, the model, the target or the calibration text does not fit; the message names
@@ -159,14 +167,16 @@ def prune(
     """
     checkpoint = open_checkpoint(resolve_model(config.model))
     method = method or find_method(config.method)
+    processes = join_processes(resolve_device(config.device).type).size
     if method.removes == "dimensions":
         from adapt_pruner.slicegpt_run import prune_dimensions  # which is built of parts of this file
 
+        if processes > 1:
+            raise ValueError(f"method is {method.name!r}, which one process prunes with: found {processes}")
         return prune_dimensions(config, method, checkpoint, on_iteration)
     setup = set_up(config, method, checkpoint, progress)
     config, estimator, family = setup.config, setup.estimator, setup.family
     budget, target = setup.budget, setup.target
-    granularity = config.granularity or "kv_group"
     resources = find_resources(config, checkpoint, family, budget)
     removes = restricted(config, budget, resources).over(budget.current, target)
     removes |= config.targets().get("target_latency", 1.0) != 1.0
@@ -177,20 +187,16 @@ def prune(
     resolve_device(config.device)
     require_free_space(output, saved_bytes(config, estimator, checkpoint, family, target))
     tokens = calibration_tokens(config, checkpoint)
-    engine = InMemoryEngine(
-        checkpoint,
-        device=config.device,
-        dtype=config.dtype,
-        backend=config.backend,
-        granularity=granularity,
-        mlp_granularity=config.mlp_granularity,
-        output_biases=config.compensation == "bias" and removes,
-    )
+    engine = _engine(config, checkpoint, output_biases=config.compensation == "bias" and removes)
     latency = None
     if config.target_latency is not None:
+        assert isinstance(engine, InMemoryEngine)
         state = RunDirectory(output).load_state()
         latency = Latency(config, engine, budget, state["latency"] if state else None)
-    run = RunDirectory.open(output, config, resume=config.resume)
+    run: RunDirectory = FollowedRun(output)
+    with together():
+        if world().rank == 0:
+            run = RunDirectory.open(output, config, resume=config.resume)
     try:
         _prune(setup, run, engine, tokens, resources, latency, progress, on_iteration)
         return _result(run)
@@ -198,10 +204,27 @@ def prune(
         run.close()
 
 
+def _engine(config: PruneConfig, checkpoint: Checkpoint, *, output_biases: bool) -> Engine:
+    """The model, in this process or shared out over all there are."""
+    granularity = config.granularity or "kv_group"
+    where: dict[str, Any] = {"device": config.device, "dtype": config.dtype, "backend": config.backend}
+    if world().size > 1:
+        from adapt_pruner.engines.sharded import ShardedEngine
+
+        return ShardedEngine(checkpoint, granularity=granularity, **where)
+    return InMemoryEngine(
+        checkpoint,
+        granularity=granularity,
+        mlp_granularity=config.mlp_granularity,
+        output_biases=output_biases,
+        **where,
+    )
+
+
 def _prune(
     setup: Setup,
     run: RunDirectory,
-    engine: InMemoryEngine,
+    engine: Engine,
     tokens: TokenizedDocuments,
     resources: tuple[Resource, ...],
     latency: Latency | None,
@@ -233,12 +256,18 @@ def _prune(
             )
         plan = saved
         engine.remove_units(plan.keep_indices)
-        engine.keep_layers(plan.kept_layers)
         tensors = run.load_tensors(iteration)
-        engine.load_tensors({name: tensors[name] for name in _column_tensors(config, engine)})
+        if isinstance(engine, InMemoryEngine):
+            engine.keep_layers(plan.kept_layers)
+            engine.load_tensors({name: tensors[name] for name in _column_tensors(config, engine)})
         if config.carry_over:
             earlier = Scores.from_tensors(tensors, engine.model.device)
-    run.log("resumed" if state else "started", iteration=iteration, parameters=engine.num_parameters)
+    run.log(
+        "resumed" if state else "started",
+        iteration=iteration,
+        parameters=engine.num_parameters,
+        **({"processes": world().size} if world().size > 1 else {}),
+    )
     with deterministic(engine.model.device):
         while True:
             now = None
@@ -250,6 +279,7 @@ def _prune(
                 break
             iteration += 1
             if estimator is None:
+                assert isinstance(engine, InMemoryEngine)
                 record, plan = remove_layers(
                     config,
                     engine,
@@ -289,7 +319,7 @@ def _prune(
                 _column_tensors(config, engine) | (earlier.tensors() if earlier else {}),
             )
             run.log("iteration", **{key: record[key] for key in ("iteration", "loss", "parameters")})
-            if on_iteration:
+            if on_iteration and world().rank == 0:
                 on_iteration(
                     IterationReport(
                         iteration,
@@ -300,22 +330,28 @@ def _prune(
                         record.get("resources", {}),
                     )
                 )
-    plan.save(run.plan)
-    records = run.iterations()
-    used = usage(resources, latency, now) if now else {}
-    write_json(run.metrics, _metrics(config, engine, budget, setup.embeddings, target, used, records))
-    if records:
-        plot_run(records, run.path / "widths.png", initial=units)
+    with together():
+        if world().rank == 0:
+            plan.save(run.plan)
+            records = run.iterations()
+            used = usage(resources, latency, now) if now else {}
+            metrics = _metrics(config, engine, budget, setup.embeddings, target, used, records)
+            write_json(run.metrics, metrics)
+            if records:
+                plot_run(records, run.path / "widths.png", initial=units)
     if not run.model.exists():
-        with atomic_directory(run.model) as partial:
-            engine.save(partial)
-    run.log("finished", parameters=engine.num_parameters)
-    run.finish()
+        engine.save(run.model)
+    with together():
+        run.log("finished", parameters=engine.num_parameters)
+        run.finish()
 
 
-def _column_tensors(config: PruneConfig, engine: InMemoryEngine) -> dict[str, torch.Tensor]:
+def _column_tensors(config: PruneConfig, engine: Engine) -> dict[str, torch.Tensor]:
     """The weights that a plan alone does not give."""
-    return engine.column_tensors() if config.compensation != "none" else {}
+    if config.compensation == "none":
+        return {}
+    assert isinstance(engine, InMemoryEngine)
+    return engine.column_tensors()
 
 
 def _plan_settings(config: PruneConfig) -> dict[str, Any]:
@@ -328,7 +364,7 @@ def _plan_settings(config: PruneConfig) -> dict[str, Any]:
 
 def _metrics(
     config: PruneConfig,
-    engine: InMemoryEngine,
+    engine: Engine,
     budget: UnitBudget,
     embeddings: int,
     target: int,

@@ -180,6 +180,25 @@ class RunDirectory:
         shutil.rmtree(self.path / "state", ignore_errors=True)
 
 
+class FollowedRun(RunDirectory):
+    """The directory of a run that the first of several processes writes, as the others have it: read-only."""
+
+    def log(self, event: str, **values: Any) -> None:
+        pass
+
+    def save_iteration(
+        self,
+        number: int,
+        record: dict[str, Any],
+        state: dict[str, Any],
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
 def _is_partial(path: Path) -> bool:
     """Whether this is what a killed process left of an atomic write."""
     return path.name.startswith(".") and ".partial" in path.name

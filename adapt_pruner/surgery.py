@@ -284,16 +284,20 @@ class _TensorSource:
 
 
 def pruned_members(
-    plan: PruningPlan, family: Family, base: Sequence[LayerWidths], tensors: Mapping[str, Any]
+    keep_indices: Sequence[Mapping[str, Indices]],
+    family: Family,
+    base: Sequence[LayerWidths],
+    tensors: Mapping[str, Any],
 ) -> dict[str, tuple[list[UnitTensor], Indices]]:
-    """Of each tensor that loses rows or columns: what of it belongs to units, and which of these stay.
+    """Of each tensor that may lose rows or columns: what of it belongs to units, and which of these stay.
 
     Args:
-        base: widths of the base model.
+        keep_indices: per layer and unit kind, as in a plan.
+        base: widths of the model before.
         tensors: its tensors, or their headers, by name.
     """
     pruned: dict[str, tuple[list[UnitTensor], Indices]] = {}
-    for layer, (widths, keep) in enumerate(zip(base, plan.keep_indices, strict=True)):
+    for layer, (widths, keep) in enumerate(zip(base, keep_indices, strict=True)):
         for kind in family.kinds_in(widths):
             for member in family.unit_tensors(kind, layer, widths, tensors):
                 if kind.name != "expert" or member.expert is None:  # an expert goes with whole tensors
@@ -304,7 +308,7 @@ def pruned_members(
 def _tensor_sources(
     plan: PruningPlan, checkpoint: Checkpoint, family: Family, base: tuple[LayerWidths, ...]
 ) -> list[_TensorSource]:
-    pruned = pruned_members(plan, family, base, checkpoint.tensors)
+    pruned = pruned_members(plan.keep_indices, family, base, checkpoint.tensors)
     names = {name: name for name in checkpoint.tensors}
     for layer, (widths, keep) in enumerate(zip(base, plan.keep_indices, strict=True)):
         for kind in family.kinds_in(widths):

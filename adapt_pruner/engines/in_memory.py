@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from adapt_pruner.budget import Counts, UnitBudget
-from adapt_pruner.checkpoint import Checkpoint, CheckpointError, copy_side_files, open_checkpoint
+from adapt_pruner.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    atomic_directory,
+    copy_side_files,
+    open_checkpoint,
+)
 from adapt_pruner.compensation import (
     add_output_biases,
     bias_of,
@@ -243,8 +249,13 @@ class InMemoryEngine:
         replace_weights(self.model, tensors)
 
     def save(self, directory: Path) -> None:
-        """Writes the model with its tokenizer files in the native form (formats.md section 1)."""
+        """Writes the model with its tokenizer files in the native form (formats.md section 1).
+
+        Args:
+            directory: absent or empty; it appears complete or not at all.
+        """
         from adapt_pruner.modeling.conversion import convert_pruned_model
 
-        convert_pruned_model(self.model, self.widths).save_pretrained(directory)
-        copy_side_files(self.checkpoint.directory, directory)
+        with atomic_directory(directory) as partial:
+            convert_pruned_model(self.model, self.widths).save_pretrained(partial)
+            copy_side_files(self.checkpoint.directory, partial)

@@ -20,8 +20,8 @@ from adapt_pruner.modeling.conversion import keep_config_layers
 from adapt_pruner.recovery.config import AccelConfig, RecoverConfig
 from adapt_pruner.recovery.losses import CHUNK_BYTES
 from adapt_pruner.recovery.recover import accumulation_steps, recovery_data, uses_bf16, whole
-from adapt_pruner.recovery.sharding import join_processes
 from adapt_pruner.recovery.trainer import recovery_loss_of
+from adapt_pruner.sharding import join_processes
 
 _LAYERS = 2  # of the model that is timed
 _ROUNDS = 2

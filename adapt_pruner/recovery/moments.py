@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from adapt_pruner.checkpoint import open_checkpoint
 from adapt_pruner.families import find_family, layer_widths
 from adapt_pruner.plan import PruningPlan
-from adapt_pruner.recovery.checkpoint import STATE_NAME, state_name
-from adapt_pruner.recovery.sharding import named_tensors
+from adapt_pruner.recovery.training_state import STATE_NAME, state_name
+from adapt_pruner.sharding import named_tensors
 from adapt_pruner.surgery import gather_members, pruned_members
 
 Surgery = Callable[[str, Tensor], Tensor]
@@ -44,7 +44,8 @@ class Moments:
         checkpoint = open_checkpoint(self.base)
         family = find_family(checkpoint.config.get("model_type"))
         family = family.with_granularity(self.plan.granularity, self.plan.mlp_granularity)
-        members = pruned_members(self.plan, family, layer_widths(checkpoint.config), checkpoint.tensors)
+        base = layer_widths(checkpoint.config)
+        members = pruned_members(self.plan.keep_indices, family, base, checkpoint.tensors)
 
         def prune(name: str, tensor: Tensor) -> Tensor:
             if name not in members:

@@ -29,15 +29,16 @@ from adapt_pruner.engines.device import deterministic, peak_memory, resolve_devi
 from adapt_pruner.engines.in_memory import load_model
 from adapt_pruner.inspection import summarize
 from adapt_pruner.recovery.adapters import add_adapters, merge_adapters, require_peft
-from adapt_pruner.recovery.checkpoint import save_model, save_training_state
 from adapt_pruner.recovery.config import RecoverConfig
 from adapt_pruner.recovery.losses import Distillation
 from adapt_pruner.recovery.moments import Moments
-from adapt_pruner.recovery.packing import StreamedExamples, collate, recovery_examples
+from adapt_pruner.recovery.packing import StreamedExamples, check_attention, collate, recovery_examples
 from adapt_pruner.recovery.schedule import make_schedule
-from adapt_pruner.recovery.sharding import join_processes, make_mesh, shard, world
 from adapt_pruner.recovery.trainer import RecoveryTrainer, Teacher, last_checkpoint, plain
+from adapt_pruner.recovery.training_state import save_training_state
 from adapt_pruner.run import RunDirectory
+from adapt_pruner.saving import save_model
+from adapt_pruner.sharding import join_processes, make_mesh, shard, world
 
 CHECKPOINTS = "checkpoints"
 KEPT_STATE = "training_state"
@@ -266,6 +267,7 @@ def _trainer(
     part: Part,
 ) -> RecoveryTrainer:
     model = load_model(checkpoint, device=str(arguments.device), dtype="fp32")
+    check_attention(model.config)
     if config.lora_rank:
         torch.manual_seed(config.seed)  # they begin with random numbers, the same in all processes
         model = add_adapters(model, rank=config.lora_rank, alpha=config.lora_alpha)

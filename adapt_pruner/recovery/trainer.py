@@ -25,11 +25,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from adapt_pruner.checkpoint import write_tensors
 from adapt_pruner.evaluation.log_probabilities import evaluating
-from adapt_pruner.recovery.checkpoint import load_training_state, save_training_state
 from adapt_pruner.recovery.losses import Distillation, HeadInput, RecoveryLoss, recovery_loss
 from adapt_pruner.recovery.moments import Moments, load_moments
-from adapt_pruner.recovery.sharding import is_replicated, is_sharded
 from adapt_pruner.recovery.throughput import Throughput, matmul_flops_per_second
+from adapt_pruner.recovery.training_state import load_training_state, save_training_state
+from adapt_pruner.sharding import is_replicated, is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -217,7 +217,7 @@ class RecoveryTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Nothing within a checkpoint; `checkpoint.save_model` writes models."""
         if not _internal_call:
-            raise NotImplementedError("expected adapt_pruner.recovery.checkpoint.save_model")
+            raise NotImplementedError("expected adapt_pruner.saving.save_model")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_training_state(Path(output_dir) / STATE, self.model, plain(self.optimizer))

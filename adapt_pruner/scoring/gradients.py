@@ -76,7 +76,7 @@ def materialised_importance(
     """
     names = [t.name for members in sets for t in members]
     gradients: dict[str, Tensor] = {}
-    with gradients_to(_adder(gradients, one_pass=one_pass), parameters, names):
+    with gradients_to(adder(gradients, one_pass=one_pass), parameters, names):
 
         def importance() -> list[Tensor]:
             # From the last layer on, as the backward pass went: the NaN that came first is the one reported.
@@ -102,7 +102,7 @@ def fisher_importance(
     names = [t.name for members in sets for t in members]
     gradients: dict[str, Tensor] = {}
     fishers: dict[str, Tensor] = {}
-    add_square, add = _adder(fishers, one_pass=False), _adder(gradients, one_pass=False)
+    add_square, add = adder(fishers, one_pass=False), adder(gradients, one_pass=False)
 
     def receive(name: str, gradient: Tensor) -> None:
         add_square(name, gradient.float().square())
@@ -165,7 +165,7 @@ def fused_importance(
     ]
     try:
         gradients: dict[str, Tensor] = {}
-        with gradients_to(_adder(gradients, one_pass=True), parameters, [t.name for t in biases]):
+        with gradients_to(adder(gradients, one_pass=True), parameters, [t.name for t in biases]):
 
             def importance() -> list[Tensor]:
                 if biases:
@@ -203,7 +203,7 @@ def _sum_in_order(scores: Sequence[Tensor]) -> Tensor:
     return total.float()
 
 
-def _adder(sums: dict[str, Tensor], *, one_pass: bool) -> Callable[[str, Tensor], None]:
+def adder(sums: dict[str, Tensor], *, one_pass: bool) -> Callable[[str, Tensor], None]:
     """Adds gradients up in fp32, or keeps the only one as it is."""
 
     def add(name: str, gradient: Tensor) -> None:

@@ -227,7 +227,7 @@ def score(
         if earlier is not None:
             for name, gram in (collected or {}).items():
                 gram.average_with((earlier.grams or {})[name], share)
-        unit_scores = _to_host(crediting.add_up(unit_importance()))
+        unit_scores = to_host(crediting.add_up(unit_importance()))
     remaining = iter(unit_scores)
     scores = Scores(
         loss.item(),
@@ -254,7 +254,7 @@ def _scoring(
     return estimator.observe(subject)
 
 
-def _to_host(scores: Sequence[Tensor]) -> list[Floats]:
+def to_host(scores: Sequence[Tensor]) -> list[Floats]:
     """Float64 copies, by one transfer."""
     if not scores:
         return []

@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from adapt_pruner.families import find_family, layer_widths
 from adapt_pruner.modeling.conversion import convert_pruned_model
-from adapt_pruner.recovery.checkpoint import load_training_state, save_model, save_training_state
-from adapt_pruner.recovery.sharding import is_sharded, shard, world
+from adapt_pruner.recovery.training_state import load_training_state, save_training_state
+from adapt_pruner.saving import save_model
+from adapt_pruner.sharding import is_sharded, shard, world
 from adapt_pruner.surgery import prune_layer
 
 STEPS = 4

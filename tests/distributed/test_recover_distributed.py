@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from launch import torchrun
 from safetensors.torch import load_file
 
-import adapt_pruner
 from adapt_pruner.adapt_accel import accel
 from adapt_pruner.plan import PruningPlan
 from adapt_pruner.recovery.config import AccelConfig, RecoverConfig
@@ -24,34 +20,9 @@ pytestmark = pytest.mark.timeout(300)
 STEPS = 6
 
 
-def torchrun(
-    command: str, settings: dict, path: Path, *kill: int, **variables: str
-) -> subprocess.CompletedProcess:
-    """Two processes on this machine."""
+def run_worker(command: str, settings: dict, path: Path, *kill: int, **variables: str):
     path.write_text(json.dumps(settings))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    worker = Path(__file__).with_name("recover_worker.py")
-    paths = [Path(adapt_pruner.__file__).parents[1], worker.parents[1]]
-    environment = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1", **variables}
-    arguments = ["--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", str(port)]
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            *arguments,
-            str(worker),
-            command,
-            str(path),
-            *map(str, kill),
-        ],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    return torchrun("recover_worker.py", command, path, *kill, **variables)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +66,7 @@ def same_weights(run: Path, other: Path, *, rtol: float, atol: float) -> None:
 @pytest.mark.parametrize("sharding", ["full", "none"])
 def test_two_processes_train_as_one(config, alone, tmp_path, sharding):
     settings = asdict(replace(config, output=str(tmp_path / "run"), sharding=sharding))
-    done = torchrun(
+    done = run_worker(
         "recover", settings, tmp_path / "c.json", **({"REPLICATED": "1"} if sharding == "none" else {})
     )
     assert done.returncode == 0, done.stderr[-12000:]
@@ -121,13 +92,13 @@ def test_one_rank_killed_and_resumed_by_one_process_and_by_two(config, alone, tm
     import shutil
 
     killed = replace(config, output=str(tmp_path / "killed"))
-    done = torchrun("recover", asdict(killed), tmp_path / "c.json", 1, 5)
+    done = run_worker("recover", asdict(killed), tmp_path / "c.json", 1, 5)
     assert done.returncode != 0
     assert not (tmp_path / "killed" / "model").exists()
     shutil.copytree(tmp_path / "killed", tmp_path / "two")
     recover(replace(killed, resume=True))
     two = asdict(replace(config, output=str(tmp_path / "two"), resume=True))
-    done = torchrun("recover", two, tmp_path / "c.json")
+    done = run_worker("recover", two, tmp_path / "c.json")
     assert done.returncode == 0, done.stderr[-12000:]
     for name in ("killed", "two"):
         assert losses(tmp_path / name) == pytest.approx(losses(alone.run_directory), rel=1e-5)
@@ -156,8 +127,8 @@ def test_accel_of_two_processes_makes_the_plans_of_one(config, tmp_path):
     )
     expected = accel(settings).run_directory
     two = asdict(replace(settings, output=str(tmp_path / "two"), resume=True))
-    assert torchrun("accel", two, tmp_path / "c.json", 1, 2).returncode != 0
-    done = torchrun("accel", two, tmp_path / "c.json")
+    assert run_worker("accel", two, tmp_path / "c.json", 1, 2).returncode != 0
+    done = run_worker("accel", two, tmp_path / "c.json")
     assert done.returncode == 0, done.stderr[-12000:]
     for stage in ("01", "02"):
         ours, theirs = (

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import torchrun
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sharding_worker import (
@@ -24,10 +21,11 @@ from sharding_worker import (
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
-import adapt_pruner
-from adapt_pruner.recovery import checkpoint
-from adapt_pruner.recovery.checkpoint import STATE_NAME, load_training_state, save_model, save_training_state
-from adapt_pruner.recovery.sharding import is_sharded, named_tensors, shard, world
+from adapt_pruner import saving
+from adapt_pruner.recovery import training_state
+from adapt_pruner.recovery.training_state import STATE_NAME, load_training_state, save_training_state
+from adapt_pruner.saving import save_model
+from adapt_pruner.sharding import is_sharded, named_tensors, shard, world
 
 pytestmark = pytest.mark.timeout(180)
 BEFORE = range(STEPS)
@@ -70,17 +68,7 @@ def alone(tmp_path_factory):
 def together(alone):
     """Directory of what two processes have written, and the results of both."""
     directory, _ = alone
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    worker = Path(__file__).with_name("sharding_worker.py")
-    paths = [Path(adapt_pruner.__file__).parents[1], worker.parents[1]]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-        "--master-addr", "127.0.0.1", "--master-port", str(port), worker, directory,
-    ]  # fmt: skip
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    result = torchrun("sharding_worker.py", directory, timeout=150)
     assert result.returncode == 0, result.stdout + result.stderr
     return directory, [json.loads((directory / f"results-{rank}.json").read_text()) for rank in range(2)]
 
@@ -341,7 +329,7 @@ def test_several_files_hold_what_save_pretrained_writes(family, tmp_path, monkey
     model.save_pretrained(tmp_path / "expected")
     save_model(tmp_path / "one", model)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "expected")
-    monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(saving, "MAX_FILE_BYTES", 100_000)
     save_model(tmp_path / "several", model)
     files = sorted((tmp_path / "several").glob("model-*.safetensors"))
     assert len(files) > 2
@@ -360,7 +348,7 @@ def test_several_files_hold_what_save_pretrained_writes(family, tmp_path, monkey
 
 
 def test_state_in_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(training_state, "MAX_FILE_BYTES", 100_000)
     model = make_case("tied")
     optimizer = make_optimizer(model)
     train(model, optimizer, range(1))

@@ -1,44 +1,32 @@
-"""Training state and models on disk, written by any number of ranks and read by any other, without pickle."""
+"""Training state on disk, written by any number of ranks and read by any other, without pickle."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import math
 import struct
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.tensor import DTensor
 
-from adapt_pruner.checkpoint import (
-    INDEX_NAME,
-    WEIGHTS_NAME,
-    atomic_directory,
-    copy_side_files,
-    read_header,
-    write_json,
-)
-from adapt_pruner.recovery.sharding import named_tensors, world
+from adapt_pruner.checkpoint import read_header, write_json
+from adapt_pruner.saving import MAX_FILE_BYTES, header_text, shared_directory
+from adapt_pruner.sharding import named_tensors, world
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-    from transformers import PreTrainedModel
 
 STATE_NAME = "training_state.json"
-MAX_FILE_BYTES = 4 * 2**30
 # How an optimizer computes, which is the process's own choice; the rest of a parameter group is saved.
 _IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable")
-_DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
 
 def save_training_state(directory: Path, model: torch.nn.Module, optimizer: Optimizer) -> None:
@@ -73,7 +61,7 @@ def save_training_state(directory: Path, model: torch.nn.Module, optimizer: Opti
         json.dumps(description)
     except TypeError as error:
         raise ValueError(f"the settings of the optimizer are not all numbers: {error}") from error
-    with _shared_directory(Path(directory)) as partial:
+    with shared_directory(Path(directory)) as partial:
         _write_parts(partial, tensors)
         if world().rank == 0:
             write_json(partial / STATE_NAME, description)
@@ -188,18 +176,10 @@ class _SameBytesWriter(HuggingFaceStorageWriter):
                 (length,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(length))
                 header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-                text = _header_text(header, length)
+                text = header_text(header, length)
                 file.seek(8)
                 file.write(text)
         return future
-
-
-def _header_text(header: Mapping[str, Any], length: int = 0) -> bytes:
-    """A safetensors header as its own writer has it, padded to `length` and to a multiple of 8 bytes."""
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text = text.ljust(max(length, -(-len(text) // 8) * 8))
-    assert length in (0, len(text)), f"the header has grown from {length} to {len(text)} bytes"
-    return text
 
 
 @contextlib.contextmanager
@@ -212,154 +192,3 @@ def _dcp_errors(what: str) -> Iterator[None]:
         except CheckpointException as error:
             causes = [f"rank {rank}: {failure[0]!r}" for rank, failure in sorted(error.failures.items())]
             raise OSError(f"{what}: {'; '.join(causes)}") from error
-
-
-@contextlib.contextmanager
-def _shared_directory(target: Path) -> Iterator[Path]:
-    """`atomic_directory` for all ranks: it becomes `target` when the block has ended well on each of them."""
-    with contextlib.ExitStack() as stack:
-        path: list[Any] = [None]
-        with _together():
-            if world().rank == 0:
-                path = [stack.enter_context(atomic_directory(target))]
-        if world().size > 1:
-            dist.broadcast_object_list(path)
-        with _together():
-            yield path[0]
-        with _together():
-            stack.close()
-
-
-@contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """A block that fails on every rank if it has failed on one."""
-    error = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    failures: list[Any] = [None]
-    if world().size > 1:
-        failures = [None] * world().size
-        dist.all_gather_object(failures, None if error is None else repr(error))
-    if error is not None:
-        raise error
-    for rank, failure in enumerate(failures):
-        if failure is not None:
-            raise RuntimeError(f"rank {rank} has failed: {failure}")
-
-
-def save_model(
-    directory: Path,
-    model: PreTrainedModel,
-    *,
-    dtype: torch.dtype | None = None,
-    side_files: Path | None = None,
-) -> None:
-    """Writes a model that may be sharded as an ordinary checkpoint; no rank holds more than one whole tensor.
-
-    Every rank calls it; rank 0 writes what `save_pretrained` of the whole model would.
-
-    Args:
-        directory: absent or empty.
-        model: of the class that its config names, as `convert_pruned_model` gives for a pruned one.
-        dtype: of the saved weights; None keeps theirs, which is fp32 under mixed precision.
-        side_files: a model directory whose tokenizer files are copied.
-    Raises:
-        ValueError: the tensors are not those of the model's config, or `dtype` cannot be saved.
-        FileExistsError: `directory` is not empty. OSError: it could not be written.
-        RuntimeError: another rank has failed.
-    """
-    tensors = named_tensors(model)
-    dtypes = {dtype} if dtype is not None else {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) > 1 or not dtypes <= _DTYPE_NAMES.keys():
-        raise ValueError(
-            f"the weights have dtypes {sorted(map(str, dtypes))}, expected one of {list(_DTYPE_NAMES)}"
-        )
-    (dtype,) = dtypes
-    twin = _meta_twin(model, dtype)
-    expected = {name: tuple(tensor.shape) for name, tensor in named_tensors(twin).items()}
-    if different := sorted(expected.items() ^ {(name, tuple(t.shape)) for name, t in tensors.items()}):
-        raise ValueError(f"the model's tensors are not those of its config: {different[:6]}")
-    with _shared_directory(Path(directory)) as partial:
-        whole = _whole_tensors(tensors.values())
-        try:
-            if world().rank == 0:
-                twin.save_pretrained(partial, state_dict={})  # everything but the weights
-                if side_files is not None:
-                    copy_side_files(side_files, partial)
-                _write_weights(partial, twin, whole)
-        finally:
-            for _ in whole:  # every rank takes part in every tensor, also when rank 0 cannot write it
-                pass
-
-
-def _meta_twin(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of the same config without memory: what is sharded is of another class and partly elsewhere."""
-    from transformers import AutoModelForCausalLM
-
-    from adapt_pruner.modeling import register
-
-    register()
-    with torch.device("meta"):
-        twin: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
-    twin.generation_config = model.generation_config
-    twin.to(dtype)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
-    return twin
-
-
-def _whole_tensors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    for tensor in tensors:
-        tensor = tensor.detach()
-        yield tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _write_weights(directory: Path, twin: PreTrainedModel, whole: Iterator[Tensor]) -> None:
-    """Writes safetensors files with the names that tensors have in a checkpoint of the twin's class.
-
-    Args:
-        whole: the tensors, in the order of `named_tensors`.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    # Experts, one tensor in a module, are many in a checkpoint.
-    stored = [revert_weight_conversion(twin, {n: t.detach()}) for n, t in named_tensors(twin).items()]
-    files: list[list[dict[str, Tensor]]] = [[]]
-    for parts in stored:
-        if files[-1] and _num_bytes([*files[-1], parts]) > MAX_FILE_BYTES:
-            files.append([])
-        files[-1].append(parts)
-    names, weight_map = iter(named_tensors(twin)), {}
-    for number, content in enumerate(files, 1):
-        file_name = WEIGHTS_NAME if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        header, starts = _layout({k: v for parts in content for k, v in parts.items()})
-        with (directory / file_name).open("wb") as file:
-            file.write(struct.pack("<Q", len(header)) + header)
-            for _ in content:
-                name, tensor = next(names), next(whole)
-                tensor = tensor.to("cpu", twin.dtype)
-                for part_name, part in revert_weight_conversion(twin, {name: tensor}).items():
-                    file.seek(8 + len(header) + starts[part_name])
-                    file.write(part.contiguous().flatten().view(torch.uint8).numpy())
-                    weight_map[part_name] = file_name
-    if len(files) > 1:
-        total = sum(_num_bytes(content) for content in files)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(directory / INDEX_NAME, index)
-
-
-def _num_bytes(tensors: Iterable[Mapping[str, Tensor]]) -> int:
-    return sum(tensor.numel() * tensor.itemsize for parts in tensors for tensor in parts.values())
-
-
-def _layout(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
-    """The header of a safetensors file of tensors of one dtype, and where each begins behind it."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    starts, start = {}, 0
-    for name, tensor in sorted(tensors.items()):
-        end = start + tensor.numel() * tensor.itemsize
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
-        }  # fmt: skip
-        starts[name], start = start, end
-    return _header_text(header), starts

@@ -1,8 +1,10 @@
-"""Fully sharded training: every rank holds a part of each weight, gradient and moment."""
+"""Fully sharded models: every rank holds a part of each weight, gradient and moment."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class World(NamedTuple):
-    """This process among all that train together: its rank, from 0, and how many there are."""
+    """This process among all that work together: its rank, from 0, and how many there are."""
 
     rank: int
     size: int
@@ -44,6 +46,29 @@ def join_processes(device_type: str) -> World:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("gloo" if device_type == "cpu" else "nccl")
     return world()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A block that no rank leaves before all have reached its end, and that fails on all if it fails on one.
+
+    Raises:
+        RuntimeError: it has failed on another rank, which the message names.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    failures: list[Any] = [None]
+    if world().size > 1:
+        failures = [None] * world().size
+        dist.all_gather_object(failures, None if error is None else repr(error))
+    if error is not None:
+        raise error
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            raise RuntimeError(f"rank {rank} has failed: {failure}")
 
 
 def make_mesh(device_type: str, *, replicate: bool = False) -> DeviceMesh:
@@ -76,8 +101,8 @@ def shard(
         model: with the same weights on every rank; it moves to the mesh's devices layer by layer.
         mesh: over all ranks, of "cpu" (gloo) or "cuda" (nccl): one dimension, or two, where ranks along the
             first are replicas and those along the second share one.
-        mixed_precision: torch.bfloat16 computes in it, with weights kept and gradients summed in fp32; None
-            computes in the dtype of the weights.
+        mixed_precision: torch.bfloat16 computes in it, with weights kept in fp32; None computes in the dtype
+            of the weights. Gradients are summed over the ranks in fp32.
     Returns:
         The same object. Its head and embedding stay whole between a forward and the backward pass, and after
         a forward pass without one, when `parameters()` has them whole; `named_tensors` always has the parts.
@@ -93,9 +118,7 @@ def shard(
         raise ValueError(f"mixed_precision is {mixed_precision}, expected torch.bfloat16 or None")
     causal: Any = getattr(model, "get_base_model", lambda: model)()  # without adapters around it
     family = find_family(str(causal.config.model_type).removeprefix("sliced_"))
-    policy = MixedPrecisionPolicy()
-    if mixed_precision is not None:
-        policy = MixedPrecisionPolicy(param_dtype=mixed_precision, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=mixed_precision, reduce_dtype=torch.float32)
     layers = list(causal.get_submodule(family.layers_module).children())
     for module in (*layers, model):
         if mixed_precision is not None:
@@ -103,6 +126,21 @@ def shard(
         # The root is needed again as soon as the backward pass begins.
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=module is not model)
     return model
+
+
+def sum_gradients(model: PreTrainedModel) -> None:
+    """Makes the gradients of a sharded model sums over the ranks instead of means."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction with a factor
+
+
+def own_rows(rows: int) -> range:
+    """Which rows of a sharded tensor this rank has; none where there are fewer rows than ranks."""
+    rank, size = world()
+    each = -(-rows // size)
+    return range(min(rank * each, rows), min((rank + 1) * each, rows))
 
 
 def _to_fp32(module: nn.Module) -> None:

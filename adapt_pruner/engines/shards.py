@@ -1,0 +1,161 @@
+"""Sharded models that no process ever holds whole: read from a checkpoint, and pruned.
+
+Each process has its part of every tensor and, for a moment, one whole tensor that is pruned.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from adapt_pruner.checkpoint import Checkpoint, CheckpointError
+from adapt_pruner.families import Family, LayerWidths
+from adapt_pruner.modeling import register
+from adapt_pruner.modeling.conversion import pruned_config
+from adapt_pruner.plan import Indices
+from adapt_pruner.sharding import named_tensors, own_rows, shard, sum_gradients, together
+from adapt_pruner.surgery import gather_members, pruned_members
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def read_model(
+    checkpoint: Checkpoint, widths: Sequence[LayerWidths], mesh: DeviceMesh, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """Reads a verified checkpoint as a sharded causal LM in evaluation mode, on all ranks.
+
+    Every rank reads its own rows of each tensor alone. Gradients will be sums over the ranks.
+
+    Args:
+        widths: those that the checkpoint's config says.
+        mesh: over all ranks, of one dimension.
+        dtype: of the weights; None keeps that of the checkpoint.
+    Returns:
+        A model of the class that a pruned one of these widths has on disk.
+    Raises:
+        CheckpointError: tensors that do not fit the config, or weights that are not finite.
+        RuntimeError: another rank could not read its part.
+    """
+    register()
+    config = AutoConfig.from_pretrained(checkpoint.directory)
+    if dtype is None:
+        first = next(iter(checkpoint.tensors))
+        dtype = config.dtype or _read(checkpoint, first, range(1)).dtype
+    model = _empty_model(pruned_config(config, widths), dtype, mesh)
+    if (checkpoint.directory / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
+    weights = named_tensors(model)
+    _require_fit(checkpoint, weights)
+    wrong = []
+    with together():
+        for name, weight in weights.items():
+            assert isinstance(weight, DTensor)
+            own = _read(checkpoint, name, own_rows(weight.shape[0]))
+            own = own.to(mesh.device_type, dtype, copy=True)  # off the file mapping
+            wrong.append((~own.isfinite()).sum())
+            part = DTensor.from_local(
+                own, mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+            )
+            _put(model, name, part)
+    model.tie_weights()
+    counts = torch.stack(wrong)
+    dist.all_reduce(counts)
+    for (name, weight), count in zip(weights.items(), counts.tolist(), strict=True):
+        if count:
+            raise CheckpointError(
+                f"{checkpoint.directory}: {count} of {weight.numel()} values of {name} are NaN or infinite"
+            )
+    return model
+
+
+def prune_sharded(
+    model: PreTrainedModel,
+    family: Family,
+    widths: Sequence[LayerWidths],
+    keep: Sequence[Mapping[str, Indices]],
+    *,
+    config: PreTrainedConfig,
+    backend: str = "auto",
+) -> tuple[PreTrainedModel, tuple[LayerWidths, ...]]:
+    """Removes units from all layers of a sharded model, on all ranks; the other weights are not copied.
+
+    Rows that one rank had may go to another one: a tensor that shrinks is gathered, and then shared out anew.
+
+    Args:
+        model: as `read_model` or this function returns it; of no use afterwards.
+        widths: its widths now.
+        keep: per layer and unit kind, sorted int64 indices among the units there are now.
+        config: of the base model.
+    Returns:
+        The pruned model, of the class that it has on disk, and its widths.
+    """
+    pruned = []
+    for layer, layer_keep in zip(widths, keep, strict=True):
+        for kind in family.kinds_in(layer):
+            layer = kind.resized(layer, len(layer_keep[kind.name]))
+        pruned.append(layer)
+    before = named_tensors(model)
+    members = pruned_members(keep, family, widths, before)
+    weight = next(iter(before.values()))
+    assert isinstance(weight, DTensor)
+    mesh, placements = weight.device_mesh, weight.placements
+    smaller = _empty_model(pruned_config(config, pruned), model.dtype, mesh)
+    smaller.generation_config = model.generation_config
+    for name, empty in named_tensors(smaller).items():
+        value = before[name].detach()
+        assert isinstance(value, DTensor)
+        if value.shape != empty.shape:
+            whole = gather_members({name: value.full_tensor()}, *members[name], backend=backend)[name]
+            value = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        _put(smaller, name, value)
+    smaller.tie_weights()
+    del model, before, weight, value
+    gc.collect()  # a sharded model and its hooks refer to each other
+    return smaller, tuple(pruned)
+
+
+def _empty_model(config: PreTrainedConfig, dtype: torch.dtype, mesh: DeviceMesh) -> PreTrainedModel:
+    """A sharded model whose weights have no memory yet; buffers, such as rotary frequencies, are there."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    shard(model.eval(), mesh)
+    sum_gradients(model)
+    return model
+
+
+def _put(model: PreTrainedModel, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+
+
+def _read(checkpoint: Checkpoint, name: str, rows: range) -> Tensor:
+    """Some rows of a tensor."""
+    with safe_open(checkpoint.tensors[name].shard, framework="pt") as file:
+        part: Tensor = file.get_slice(name)[rows.start : rows.stop]
+    return part
+
+
+def _require_fit(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError unless the checkpoint has these weights."""
+    missing = sorted(weights.keys() - checkpoint.tensors.keys())
+    mismatched = [
+        f"{name}: {checkpoint.tensors[name].shape}, expected {tuple(weight.shape)}"
+        for name, weight in weights.items()
+        if name not in missing and checkpoint.tensors[name].shape != weight.shape
+    ]
+    if missing or mismatched:
+        problems = {"missing_keys": missing, "mismatched_keys": mismatched}
+        found = {what: names for what, names in problems.items() if names}
+        raise CheckpointError(f"{checkpoint.directory}: tensors do not fit the config: {found}")
