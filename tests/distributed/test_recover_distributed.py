@@ -63,32 +63,41 @@ def same_weights(run: Path, other: Path, *, rtol: float, atol: float) -> None:
         torch.testing.assert_close(ours[name], theirs[name], rtol=rtol, atol=atol)
 
 
+@pytest.fixture(scope="module")
+def together(config, tmp_path_factory):
+    """Two processes, by how they share the model: what they print and the run."""
+    runs = {}
+    for sharding, variables in (("full", {}), ("none", {"REPLICATED": "1"})):
+        path = tmp_path_factory.mktemp(sharding)
+        settings = asdict(replace(config, output=str(path / "run"), sharding=sharding))
+        done = run_worker("recover", settings, path / "c.json", **variables)
+        assert done.returncode == 0, done.stderr[-12000:]
+        runs[sharding] = done.stdout, path / "run"
+    return runs
+
+
 @pytest.mark.parametrize("sharding", ["full", "none"])
-def test_two_processes_train_as_one(config, alone, tmp_path, sharding):
-    settings = asdict(replace(config, output=str(tmp_path / "run"), sharding=sharding))
-    done = run_worker(
-        "recover", settings, tmp_path / "c.json", **({"REPLICATED": "1"} if sharding == "none" else {})
-    )
-    assert done.returncode == 0, done.stderr[-12000:]
-    assert done.stdout.count(" holds ") == 2
-    assert losses(tmp_path / "run") == pytest.approx(losses(alone.run_directory), rel=1e-5)
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+def test_two_processes_train_as_one(alone, together, sharding):
+    printed, run = together[sharding]
+    assert printed.count(" holds ") == 2
+    assert losses(run) == pytest.approx(losses(alone.run_directory), rel=1e-5)
+    metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["processes"] == 2
     assert metrics["held_out_loss"] == pytest.approx(alone.metrics["held_out_loss"], rel=1e-5)
-    same_weights(tmp_path / "run", alone.run_directory, rtol=1e-4, atol=1e-5)
+    same_weights(run, alone.run_directory, rtol=1e-4, atol=1e-5)
 
 
 def test_adapters_of_two_processes_are_those_of_one(config, tmp_path):
     one = replace(config, output=str(tmp_path / "one"), lora_rank=4, learning_rate=2e-2)
     expected = recover(one).run_directory
-    done = torchrun("recover", asdict(replace(one, output=str(tmp_path / "two"))), tmp_path / "c.json")
+    done = run_worker("recover", asdict(replace(one, output=str(tmp_path / "two"))), tmp_path / "c.json")
     assert done.returncode == 0, done.stderr[-12000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(expected), rel=1e-5)
     # The first step of Adam is as long for the smallest gradient, whose sign is rounding.
     same_weights(tmp_path / "two", expected, rtol=1e-3, atol=1e-3)
 
 
-def test_one_rank_killed_and_resumed_by_one_process_and_by_two(config, alone, tmp_path):
+def test_one_rank_killed_and_resumed_by_one_process_and_by_two(config, alone, together, tmp_path):
     import shutil
 
     killed = replace(config, output=str(tmp_path / "killed"))
@@ -100,6 +109,7 @@ def test_one_rank_killed_and_resumed_by_one_process_and_by_two(config, alone, tm
     two = asdict(replace(config, output=str(tmp_path / "two"), resume=True))
     done = run_worker("recover", two, tmp_path / "c.json")
     assert done.returncode == 0, done.stderr[-12000:]
+    assert losses(tmp_path / "two") == losses(together["full"][1])  # to the bit, as if nothing had happened
     for name in ("killed", "two"):
         assert losses(tmp_path / name) == pytest.approx(losses(alone.run_directory), rel=1e-5)
         same_weights(tmp_path / name, alone.run_directory, rtol=1e-4, atol=1e-5)
