@@ -7,6 +7,7 @@ of them are there: a killed run goes on with the first one that is not.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from adapt_pruner.sharding import join_processes, together
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
 
 _RUNS = ("prune", "recover")  # the directories of a stage
 _OF_TRAINING = ("loss_last", "held_out_loss", "held_out_perplexity", "steps", "tokens", "tokens_per_second")
@@ -111,6 +114,11 @@ def accel(
             pruned, trained = (RunDirectory(output / "stages" / stage.name / each) for each in _RUNS)
             if not trained.complete:
                 settings = config.pruning(stage.number, stage.target, model, str(pruned.path), True)
+                if first:
+                    logger.info(
+                        "stage %s of %s: pruning to %s parameters, then %s steps of training",
+                        *(stage.number, len(stages), f"{stage.target:,}", stage.steps),
+                    )
                 prune(settings, on_iteration=on_iteration, progress=progress)
                 moments = None
                 if state is not None and config.optimizer_state == "keep":
@@ -154,6 +162,8 @@ def plan_stages(config: AccelConfig, checkpoint: Checkpoint) -> tuple[Setup, tup
             "optimizer_state is 'keep', expected 'reset' where whole layers go and for mixtures of experts"
         )
     recovery = config.recovery(config.model, "-", False)
+    if config.optimizer_state == "keep" and recovery.lora_rank:
+        raise ValueError("optimizer_state is 'keep', expected 'reset' with adapters (recover.lora_rank)")
     all_of_it = whole(recovery, recovery_data(recovery, checkpoint))
     assert all_of_it.examples is not None  # not streamed
     parts = split_examples(len(all_of_it.examples), config.stages, config.split, recovery.batch_size)

@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from adapt_pruner.assets import resolve_model
 from adapt_pruner.checkpoint import open_checkpoint
@@ -55,10 +56,11 @@ def main() -> None:
             batch_size=8,
             micro_batch_size=4,
             loggers="none",
-            arguments={"save_strategy": "no", "disable_tqdm": True},
+            arguments={"disable_tqdm": True},
         )
         checkpoint = open_checkpoint(resolve_model(config.model))
         arguments = training_arguments(config, options.steps, accumulation_steps(config, 1))
+        arguments.save_strategy = SaveStrategy.NO
         shared: dict[str, Any] = {
             "args": arguments,
             "train_dataset": recovery_data(config, checkpoint).training,

@@ -199,6 +199,9 @@ class AccelConfig:
         """Settings of the pruning of a stage, numbered from 1."""
         own = {"model": model, "target": target, "target_of": self.target_of, "output": output}
         own |= {"seed": self.seed + stage - 1, "resume": resume}
+        own |= dict.fromkeys(
+            ("target_flops", "target_kv_cache", "target_latency")
+        )  # each stage has its share
         return _settings("prune", PruneConfig, self.prune, own)
 
     def recovery(self, model: str, output: str, resume: bool) -> RecoverConfig:

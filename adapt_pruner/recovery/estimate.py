@@ -36,8 +36,8 @@ class Estimate:
         parameters: of the model that is trained.
         steps, sequences, tokens: of the training.
         pruning_minutes, training_minutes: by the rate of forward and backward passes measured here.
-        memory_bytes: of each process at the peak of the training: weights, gradients, moments, activations,
-            logits and teacher.
+        memory_bytes: of the tensors of each process at the peak of the training: weights, gradients, moments,
+            activations, logits and teacher.
     """
 
     stage: int | None
@@ -90,7 +90,8 @@ def estimate_accel(config: AccelConfig) -> tuple[Estimate, ...]:
         parameters = stage.target + base
         rounds = max(1, round((before - parameters) / removable * settings.iterations))
         tokens = rounds * settings.num_sequences * settings.sequence_length
-        seconds = tokens * _training_flops(checkpoint, settings.sequence_length, before) / rate
+        flops = _training_flops(checkpoint, settings.sequence_length, before)
+        seconds = tokens * flops / rate / processes
         made = _estimate(recovery, checkpoint, stage.steps, parameters, rate, processes)
         result.append(dataclasses.replace(made, stage=stage.number, pruning_minutes=seconds / 60))
         before = parameters
@@ -137,7 +138,8 @@ def _memory(config: RecoverConfig, checkpoint: Checkpoint, parameters: int, proc
     sharded = processes > 1 and config.sharding == "full"
     narrow = 2 if uses_bf16(config) else 4
     share = parameters / checkpoint.num_parameters
-    held = 16 * parameters / (processes if sharded else 1)  # weights, gradients and two moments, all fp32
+    # Weights, gradients and two moments in fp32; of weights that adapters stand in for, themselves.
+    held = (4 if config.lora_rank else 16) * parameters / (processes if sharded else 1)
     layers = [share * layer.parameters for layer in summary.layers]
     if sharded:  # what is whole at a time: two layers, and all that is in none
         held += narrow * (2 * max(layers) + parameters - sum(layers))

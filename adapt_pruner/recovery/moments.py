@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from adapt_pruner.checkpoint import open_checkpoint
 from adapt_pruner.families import find_family, layer_widths
 from adapt_pruner.plan import PruningPlan
-from adapt_pruner.recovery.training_state import STATE_NAME, state_name
+from adapt_pruner.recovery.training_state import STATE_NAME, dcp_errors, state_name
 from adapt_pruner.sharding import named_tensors
 from adapt_pruner.surgery import gather_members, pruned_members
 
@@ -83,7 +83,8 @@ def load_moments(moments: Moments, model: torch.nn.Module, optimizer: Optimizer)
         for key in saved_keys[name]:
             entry = saved[state_name(name, key)]
             whole[state_name(name, key)] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        dcp.load(whole, storage_reader=reader, no_dist=True)
+        with dcp_errors(f"could not read {moments.state}"):
+            dcp.load(whole, storage_reader=reader, no_dist=True)
         own = {}
         for key in saved_keys[name]:
             value = whole[state_name(name, key)]

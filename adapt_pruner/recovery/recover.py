@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 from torch.utils.data import Dataset, Subset
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from adapt_pruner.assets import resolve_model
 from adapt_pruner.checkpoint import (
@@ -43,6 +43,11 @@ from adapt_pruner.sharding import join_processes, make_mesh, shard, world
 CHECKPOINTS = "checkpoints"
 KEPT_STATE = "training_state"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+# What would take a training out of our hands.
+_NOT_OURS = {
+    "auto_find_batch_size", "data_seed", "deepspeed", "fsdp", "fsdp_config", "load_best_model_at_end",
+    "num_train_epochs", "parallelism_config", "resume_from_checkpoint", "save_only_model", "save_strategy",
+}  # fmt: skip
 # Settings that change nothing but rounding in what a resumed run ends with.
 _FREE_TO_CHANGE = (
     "output", "resume", "micro_batch_size", "sharding", "gradient_checkpointing", "teacher_device",
@@ -117,7 +122,10 @@ def recover(
     run = RunDirectory(output, free_to_change=_FREE_TO_CHANGE)
     run.check(config, resume=config.resume)
     if run.complete:
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)  # of a run that was killed behind its model
         return _result(run)
+    if config.teacher_device:
+        resolve_device(config.teacher_device)
     data = recovery_data(config, checkpoint)
     part = part or whole(config, data)
     # Two checkpoints of weights and two moments in fp32, of which the older one goes, and the model.
@@ -174,6 +182,11 @@ def recovery_data(config: RecoverConfig, checkpoint: Checkpoint) -> RecoveryData
     check_vocabulary(tokenizer, checkpoint.config["vocab_size"])
     prefix = prefix_token(tokenizer, None)
     length = config.sequence_length
+    longest = checkpoint.config.get("max_position_embeddings", length)
+    if length > longest:
+        raise ValueError(
+            f"sequence_length is {length}, but the model has only {longest} positions: expected at most these"
+        )
     text: dict[str, Any] = {"column": config.column, "split": config.split}
     shared: dict[str, Any] = {"seed": config.seed, "prefix_token_id": prefix}
     held_out: Dataset[Any] | None = None
@@ -244,7 +257,6 @@ def training_arguments(config: RecoverConfig, steps: int, accumulation: int) -> 
         "report_to": [name.strip() for name in config.loggers.split(",")],
         "train_sampling_strategy": "sequential",  # the sequences are in random order already
         "remove_unused_columns": False,
-        "dataloader_drop_last": True,
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and world().size > 1 else None,
         "seed": config.seed,
@@ -255,7 +267,16 @@ def training_arguments(config: RecoverConfig, steps: int, accumulation: int) -> 
         raise ValueError(
             f"arguments has {', '.join(unknown)}, which TrainingArguments of transformers has not"
         )
-    return TrainingArguments(**values | config.arguments)
+    taken = sorted(config.arguments.keys() & (values.keys() | _NOT_OURS))
+    if taken:
+        raise ValueError(
+            f"arguments has {', '.join(taken)}, expected none that other settings decide or that change how "
+            "a run is sharded, counted or resumed"
+        )
+    # Not what the verbosity of transformers' own messages makes of it.
+    arguments = TrainingArguments(**{"disable_tqdm": False} | values | config.arguments)
+    get_reporting_integration_callbacks(arguments.report_to)  # which raises for a logger that is not there
+    return arguments
 
 
 def _trainer(
@@ -279,7 +300,7 @@ def _trainer(
     if taught_by is not None:
         device = config.teacher_device or str(arguments.device)
         teacher = Teacher(
-            load_model(taught_by, device=device, dtype="bf16" if arguments.bf16 else "auto"),
+            load_model(taught_by, device=device, dtype="bf16" if arguments.bf16 else "fp32"),
             Distillation(config.temperature, config.alpha),
         )
 

@@ -99,6 +99,7 @@ class RecoveryTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """The schedule from the step on that training begins or goes on at."""
+        self._logged_step = self.state.global_step  # where a resumed training goes on
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
             self.lr_scheduler = self._schedule(optimizer, self.state.global_step)
@@ -179,9 +180,17 @@ class RecoveryTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Cross entropy in nats per predicted token of the whole data set, and its exponential."""
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # nats, tokens
+        size = self.args.per_device_eval_batch_size
+        own = range(self.args.process_index, len(dataset), self.args.world_size)
         with evaluating(self.model), torch.no_grad():
-            for batch in self.get_eval_dataloader(eval_dataset):
+            # As many passes as the first process makes: sharded weights need all of them in each.
+            for start in range(0, -(-len(dataset) // self.args.world_size), size):
+                examples = [dataset[i] for i in own[start : start + size]]
+                batch = self.data_collator(examples or [dataset[0]])
+                if not examples:
+                    batch["labels"].fill_(-100)
                 inputs = dict(self._prepare_inputs(batch))
                 labels = inputs.pop("labels")
                 count = (labels[:, 1:] != -100).sum()

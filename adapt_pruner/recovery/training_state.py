@@ -107,7 +107,7 @@ def load_training_state(directory: Path, model: torch.nn.Module, optimizer: Opti
             f"parameters, the optimizer has other ones of {[len(names) for names in group_names]}"
         )
 
-    with _dcp_errors(f"could not read {directory}"):
+    with dcp_errors(f"could not read {directory}"):
         dcp.load(tensors, storage_reader=reader)
     positions = {name: i for i, name in enumerate(name for names in group_names for name in names)}
     groups = []
@@ -162,7 +162,7 @@ def _write_parts(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         size += tensor.numel() * tensor.itemsize
     writer = _SameBytesWriter(str(directory), fqn_to_index_mapping=files, save_distributed=True)
     planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-    with _dcp_errors(f"could not write {directory}"):
+    with dcp_errors(f"could not write {directory}"):
         dcp.save(dict(tensors), storage_writer=writer, planner=planner)
 
 
@@ -183,7 +183,7 @@ class _SameBytesWriter(HuggingFaceStorageWriter):
 
 
 @contextlib.contextmanager
-def _dcp_errors(what: str) -> Iterator[None]:
+def dcp_errors(what: str) -> Iterator[None]:
     """Turns what torch.distributed.checkpoint raises on all ranks, which is no Exception, into OSError."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is fine

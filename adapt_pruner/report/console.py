@@ -150,7 +150,7 @@ def show_accelerated(console: Console, result: dict[str, Any]) -> None:
 
 
 def show_recovery_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
-    table = Table("stage", "parameters", "steps", "tokens", "pruning", "training", "GiB of a process")
+    table = Table("stage", "parameters", "steps", "tokens", "pruning", "training", "GiB of tensors")
     for e in estimates:
         minutes = (f"{e.pruning_minutes:.1f} min", f"{e.training_minutes:.1f} min")
         stage = "-" if e.stage is None else str(e.stage)

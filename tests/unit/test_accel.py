@@ -217,6 +217,7 @@ def test_a_stage_that_diverges_leaves_the_ones_before(config, tmp_path):
         ({"prune": {"outptu": "x"}}, "prune has outptu, expected some of"),
         ({"recover": {"streaming": True, "tokens": 4096}}, "recover.streaming is True, expected false"),
         ({"recover": {"micro_batch_size": 5}}, "micro_batch_size is 5, expected a divisor of 128"),
+        ({"prune": {"target_kv_cache": 0.5}}, "prune has target_kv_cache, expected some of"),
         ({"prune": {"method": "slicegpt"}}, "prune.method is 'slicegpt', expected one that removes units"),
         ({"prune": {"method": "shortgpt"}}, "optimizer_state is 'keep', expected 'reset' where whole layers"),
     ],
@@ -224,6 +225,13 @@ def test_a_stage_that_diverges_leaves_the_ones_before(config, tmp_path):
 def test_bad_settings_write_nothing(config, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         accel(replace(config, output=str(tmp_path / "run"), **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_moments_of_adapters_are_refused(config, tmp_path):
+    adapters = replace(config, output=str(tmp_path / "run"), recover={**config.recover, "lora_rank": 2})
+    with pytest.raises(ValueError, match="optimizer_state is 'keep', expected 'reset' with adapters"):
+        accel(adapters)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -129,6 +132,57 @@ def test_lora(config, tiny_models, tmp_path):
     assert changed == {name for name in before if name.endswith("proj.weight")}
 
 
+def test_held_out_loss_does_not_depend_on_the_batch(config, tmp_path):
+    """Also where the held-out sequences do not fill one."""
+    few = replace(_quick(config, tmp_path), tokens=8 * 32, eval_tokens=3 * 32)
+    found = []
+    for size in (1, 2, 4, 8):
+        run = recover(replace(few, output=str(tmp_path / str(size)), micro_batch_size=size))
+        found.append(run.metrics["held_out_loss"])
+    assert found == pytest.approx([found[0]] * 4, rel=1e-5)
+
+
+def test_what_is_left_of_a_run_that_was_killed_behind_its_model(config, tmp_path):
+    run = recover(_quick(config, tmp_path)).run_directory
+    (run / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    recover(replace(_quick(config, tmp_path), resume=True))
+    assert not (run / "checkpoints").exists()
+
+
+def test_parts_of_the_loss_after_a_resume(config, tmp_path, whole_run):
+    taught = replace(
+        _quick(config, tmp_path), model=str(whole_run.model_directory), teacher=config.model, save_steps=1
+    )
+    expected = _log(recover(taught), "cross_entropy")
+    killed = replace(taught, output=str(tmp_path / "killed"))
+    with pytest.raises(KeyboardInterrupt):
+        recover(killed, callbacks=[_Kill(2)])
+    result = recover(replace(killed, resume=True))
+    assert _log(result, "cross_entropy")[-1] == expected[-1]
+
+
+def test_command_shows_the_loss_on_stderr(config, tmp_path):
+    """As a process of its own: the verbosity of transformers is read when it is imported."""
+    settings = _quick(config, tmp_path, loggers="none")
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(asdict(settings)))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "adapt_pruner",
+            "recover",
+            "--config",
+            str(tmp_path / "settings.yaml"),
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert json.loads(done.stdout)["steps"] == 3
+    assert done.stderr.count("'loss'") == 3
+
+
 def test_streaming(config, tmp_path):
     from tiny import make_text
 
@@ -139,8 +193,10 @@ def test_streaming(config, tmp_path):
 
 
 def test_arguments_reach_the_trainer(config, tmp_path):
-    result = recover(_quick(config, tmp_path, arguments={"adam_beta2": 0.5, "logging_steps": 2}))
-    assert len(_log(result, "loss")) == 2
+    result = recover(_quick(config, tmp_path, arguments={"adam_beta2": 0.5}))
+    other = recover(replace(_quick(config, tmp_path), output=str(tmp_path / "other")))
+    assert _log(result, "loss")[:2] == _log(other, "loss")[:2]
+    assert _log(result, "loss")[2] != _log(other, "loss")[2]
     assert not (result.run_directory / "checkpoints").exists()
 
 
@@ -155,6 +211,18 @@ def test_arguments_reach_the_trainer(config, tmp_path):
         ({"tokens": None, "streaming": True}, ValueError, "tokens is None, expected given with streaming"),
         ({"schedule": "linear"}, ValueError, r"schedule is 'linear', expected one of"),
         ({"arguments": {"warmth": 1}}, ValueError, "arguments has warmth, which TrainingArguments"),
+        (
+            {"arguments": {"output_dir": "x"}},
+            ValueError,
+            "arguments has output_dir, expected none that other",
+        ),
+        ({"arguments": {"fsdp": "full_shard"}}, ValueError, "arguments has fsdp, expected none that other"),
+        ({"loggers": "nonsense"}, ValueError, "nonsense"),
+        (
+            {"sequence_length": 512, "eval_tokens": 512},
+            ValueError,
+            "512, but the model has only 256 positions",
+        ),
         ({"data": "nowhere.txt"}, ValueError, "'nowhere.txt' does not exist"),
         ({"streaming": True}, ValueError, "cannot be streamed"),
     ],
