@@ -197,7 +197,12 @@ class AccelConfig:
 
     def pruning(self, stage: int, target: float | str, model: str, output: str, resume: bool) -> PruneConfig:
         """Settings of the pruning of a stage, numbered from 1."""
-        own = {"model": model, "target": target, "target_of": self.target_of, "output": output}
+        own: dict[str, Any] = {
+            "model": model,
+            "target": target,
+            "target_of": self.target_of,
+            "output": output,
+        }
         own |= {"seed": self.seed + stage - 1, "resume": resume}
         own |= dict.fromkeys(
             ("target_flops", "target_kv_cache", "target_latency")

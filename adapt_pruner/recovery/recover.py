@@ -38,7 +38,7 @@ from adapt_pruner.recovery.trainer import RecoveryTrainer, Teacher, last_checkpo
 from adapt_pruner.recovery.training_state import save_training_state
 from adapt_pruner.run import RunDirectory
 from adapt_pruner.saving import save_model
-from adapt_pruner.sharding import join_processes, make_mesh, shard, world
+from adapt_pruner.sharding import join_processes, make_mesh, shard, together, world
 
 CHECKPOINTS = "checkpoints"
 KEPT_STATE = "training_state"
@@ -120,30 +120,34 @@ def recover(
     accumulation = accumulation_steps(config, join_processes(resolve_device(config.device).type).size)
     output = Path(config.output)
     run = RunDirectory(output, free_to_change=_FREE_TO_CHANGE)
-    run.check(config, resume=config.resume)
+    with together():  # all see the directory as it was
+        run.check(config, resume=config.resume)
     if run.complete:
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)  # of a run that was killed behind its model
         return _result(run)
-    if config.teacher_device:
-        resolve_device(config.teacher_device)
-    data = recovery_data(config, checkpoint)
-    part = part or whole(config, data)
-    # Two checkpoints of weights and two moments in fp32, of which the older one goes, and the model.
-    require_free_space(output, checkpoint.num_parameters * 12 * 2 + checkpoint.num_bytes)
-    arguments = training_arguments(config, part.steps, accumulation)
-    first = arguments.process_index == 0  # which joins the other processes
-    _wait_for_all()  # all have seen the directory as it was
-    if first:
-        run = RunDirectory.open(output, config, resume=config.resume, free_to_change=_FREE_TO_CHANGE)
+    with together():  # what one process refuses, all do
+        if config.teacher_device:
+            resolve_device(config.teacher_device)
+        data = recovery_data(config, checkpoint)
+        part = part or whole(config, data)
+        # Two checkpoints of weights and two moments in fp32, of which the older one goes, and the model.
+        require_free_space(output, checkpoint.num_parameters * 12 * 2 + checkpoint.num_bytes)
+        arguments = training_arguments(config, part.steps, accumulation)
+    first = arguments.process_index == 0
+    resumed: list[Path | None] = [None]
+    with together():
+        if first:
+            run = RunDirectory.open(output, config, resume=config.resume, free_to_change=_FREE_TO_CHANGE)
+            resumed = [last_checkpoint(output / CHECKPOINTS)]
+    if arguments.world_size > 1:
+        distributed.broadcast_object_list(resumed)
     try:
-        _wait_for_all()
-        resumed = last_checkpoint(output / CHECKPOINTS)
         trainer = _trainer(config, arguments, checkpoint, teacher, data, part)
         _log_to(run, trainer)
         for callback in callbacks:
             trainer.add_callback(callback)
         with deterministic(arguments.device):
-            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+            trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed[0] else None)
             _save(config, trainer, checkpoint, run, part)
     finally:
         run.close()
@@ -352,16 +356,17 @@ def _save(
         "peak_memory_bytes": peak_memory(device),
     }
     first = trainer.args.process_index == 0
-    if first:
-        write_json(run.metrics, metrics)
+    with together():
+        if first:
+            write_json(run.metrics, metrics)
     model = merge_adapters(trainer.model) if config.lora_rank else trainer.model
     model.config.use_cache = checkpoint.config.get("use_cache", True)  # which the Trainer turns off
     dtype = _DTYPES[summarize(checkpoint.directory).dtype]
     save_model(run.model, model, dtype=dtype, side_files=checkpoint.directory)
-    if first:
-        run.log("finished", **metrics)
-        shutil.rmtree(run.path / CHECKPOINTS)
-    _wait_for_all()
+    with together():
+        if first:
+            run.log("finished", **metrics)
+            shutil.rmtree(run.path / CHECKPOINTS)
 
 
 def _log_to(run: RunDirectory, trainer: RecoveryTrainer) -> None:
@@ -393,11 +398,6 @@ class _RunLog(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
         self._run.log("step", step=state.global_step, **logs)
-
-
-def _wait_for_all() -> None:
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.barrier()
 
 
 def _require_same_vocabulary(student: Checkpoint, teacher: Checkpoint | None) -> None:
