@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -116,6 +117,7 @@ class ShardedEngine:
         self.model, self.widths = prune_sharded(
             self.model, self.family, self.widths, agreed(keep), config=self._config, backend=self._backend
         )
+        gc.collect()  # the model before and its hooks refer to each other, so that it would stay
 
     def save(self, directory: Path) -> None:
         """Writes the model with its tokenizer files, one tensor at a time; appears complete or not at all."""

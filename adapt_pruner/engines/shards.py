@@ -5,7 +5,6 @@ Each process has its part of every tensor and, for a moment, one whole tensor th
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -93,7 +92,7 @@ def prune_sharded(
     Rows that one rank had may go to another one: a tensor that shrinks is gathered, and then shared out anew.
 
     Args:
-        model: as `read_model` or this function returns it; of no use afterwards.
+        model: as `read_model` or this function returns it; of no use afterwards, as weights are shared.
         widths: its widths now.
         keep: per layer and unit kind, sorted int64 indices among the units there are now.
         config: of the base model.
@@ -120,8 +119,6 @@ def prune_sharded(
             value = distribute_tensor(whole, mesh, placements, src_data_rank=None)
         _put(smaller, name, value)
     smaller.tie_weights()
-    del model, before, weight, value
-    gc.collect()  # a sharded model and its hooks refer to each other
     return smaller, tuple(pruned)
 
 

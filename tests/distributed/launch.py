@@ -12,7 +12,7 @@ import adapt_pruner
 
 
 def torchrun(
-    worker: str, *arguments: object, timeout: float = 200, **variables: str
+    worker: str, *arguments: object, timeout: float = 400, **variables: str
 ) -> subprocess.CompletedProcess:
     """Runs a script beside this file.
 

@@ -19,7 +19,7 @@ from adapt_pruner.inspection import summarize
 from adapt_pruner.pruner import prune
 from adapt_pruner.scoring.estimators import ESTIMATORS, TAYLOR_FIRST
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 CASES = {
     "one-iteration": {"model": "llama", "iterations": 1},
     "tied": {"model": "llama"},
@@ -63,17 +63,24 @@ def settings(models, calibration_file):
 
 
 @pytest.fixture(scope="module")
-def runs(settings, tmp_path_factory) -> tuple[Path, Path]:
-    """Directories of the runs of one process and of two."""
-    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+def alone(settings, tmp_path_factory) -> Path:
+    """Directory of the runs of one process."""
+    directory = tmp_path_factory.mktemp("one")
     for name, case in CASES.items():
-        prune(PruneConfig(**settings(case, one / name)))
+        prune(PruneConfig(**settings(case, directory / name)))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def runs(settings, alone, tmp_path_factory) -> tuple[Path, Path]:
+    """Directories of the runs of one process and of two."""
+    two = tmp_path_factory.mktemp("two")
     path = two / "settings.json"
     path.write_text(json.dumps([settings(case, two / name) for name, case in CASES.items()]))
-    done = torchrun("pruning_worker.py", "prune", path)
+    done = torchrun("pruning_worker.py", "prune", path, timeout=500)
     assert done.returncode == 0, done.stderr[-12000:]
     assert done.stdout.count(" gathered at most ") == 2
-    return one, two
+    return alone, two
 
 
 def bytes_of(run: Path) -> dict[str, bytes]:
@@ -134,7 +141,7 @@ def test_scores_are_those_of_the_whole_model(scores, number):
     assert scores[0][number][1::2] == scores[1][number][1::2]  # the very same on both ranks
 
 
-def test_one_rank_killed_and_resumed(settings, runs, tmp_path):
+def test_one_rank_killed_and_resumed(settings, alone, tmp_path):
     """With importance that is carried over from iteration to iteration, in the middle of one."""
     case = CASES["untied"]
     path = tmp_path / "settings.json"
@@ -147,9 +154,9 @@ def test_one_rank_killed_and_resumed(settings, runs, tmp_path):
     path.write_text(json.dumps(again * 2))  # the second time the run is complete
     done = torchrun("pruning_worker.py", "prune", path)
     assert done.returncode == 0, done.stderr[-12000:]
-    assert bytes_of(tmp_path / "run") == bytes_of(runs[0] / "untied")
+    assert bytes_of(tmp_path / "run") == bytes_of(alone / "untied")
     prune(PruneConfig(**settings(case, tmp_path / "alone") | {"resume": True}))
-    assert bytes_of(tmp_path / "alone") == bytes_of(runs[0] / "untied")
+    assert bytes_of(tmp_path / "alone") == bytes_of(alone / "untied")
 
 
 def test_what_fails_fails_on_all_ranks(settings, models, tmp_path):
