@@ -204,9 +204,8 @@ class AccelConfig:
             "output": output,
         }
         own |= {"seed": self.seed + stage - 1, "resume": resume}
-        own |= dict.fromkeys(
-            ("target_flops", "target_kv_cache", "target_latency")
-        )  # each stage has its share
+        # A fraction of these would be one of what the stage before has left.
+        own |= dict.fromkeys(("target_flops", "target_kv_cache", "target_latency"))
         return _settings("prune", PruneConfig, self.prune, own)
 
     def recovery(self, model: str, output: str, resume: bool) -> RecoverConfig:
