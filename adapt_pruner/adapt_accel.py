@@ -137,7 +137,7 @@ def accel(
             model, state = str(trained.model), trained.path / KEPT_STATE
         with together():
             if first:
-                _finish(run, stages, state)
+                _finish(run, stages)
     finally:
         run.close()
     return _result(run)
@@ -206,7 +206,7 @@ def _metrics(stage: Stage, pruned: RunDirectory, trained: RunDirectory) -> dict[
     }
 
 
-def _finish(run: RunDirectory, stages: Sequence[Stage], state: Path | None) -> None:
+def _finish(run: RunDirectory, stages: Sequence[Stage]) -> None:
     runs = [[RunDirectory(run.path / "stages" / stage.name / each) for each in _RUNS] for stage in stages]
     lines = [_metrics(stage, *of_stage) for stage, of_stage in zip(stages, runs, strict=True)]
     held_out = [line["held_out_loss"] for line in lines]

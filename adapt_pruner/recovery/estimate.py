@@ -18,7 +18,7 @@ from adapt_pruner.families import LayerWidths
 from adapt_pruner.inspection import summarize
 from adapt_pruner.modeling.conversion import keep_config_layers
 from adapt_pruner.recovery.config import AccelConfig, RecoverConfig
-from adapt_pruner.recovery.losses import CHUNK_BYTES
+from adapt_pruner.recovery.losses import default_chunk_tokens
 from adapt_pruner.recovery.recover import accumulation_steps, recovery_data, uses_bf16, whole
 from adapt_pruner.recovery.trainer import recovery_loss_of
 from adapt_pruner.sharding import join_processes
@@ -151,8 +151,8 @@ def _memory(config: RecoverConfig, checkpoint: Checkpoint, parameters: int, proc
     activations = sum(kept)
     if config.gradient_checkpointing:
         activations = max(kept) + len(kept) * narrow * tokens * hidden
-    chunk = max(CHUNK_BYTES, vocabulary * hidden // 2)  # as `recovery_loss` chooses it
-    logits = 4 * min(chunk, 4 * tokens * vocabulary) + 4 * vocabulary * hidden
+    chunk = default_chunk_tokens(torch.empty(vocabulary, hidden, device="meta"))
+    logits = 4 * 4 * vocabulary * min(chunk, tokens) + 4 * vocabulary * hidden  # and the head's gradient
     teacher = open_checkpoint(resolve_model(config.teacher)).num_parameters * narrow if config.teacher else 0
     return int(held + activations + logits + teacher)
 

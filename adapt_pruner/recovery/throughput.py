@@ -43,18 +43,17 @@ class Throughput:
 
     def __init__(self, flops_per_token: float, peak: float, processes: int) -> None:
         self._flops, self._peak, self._processes = flops_per_token, peak, processes
-        self.tokens = 0  # of this process
-        self._counted, self._since = 0, time.perf_counter()
+        self._tokens, self._since = 0, time.perf_counter()  # of this process, since the last call of `rates`
 
     def count(self, tokens: int) -> None:
         """So many tokens have gone through forward and backward pass."""
-        self.tokens += tokens
+        self._tokens += tokens
 
     def rates(self) -> dict[str, float]:
         """Tokens per second of all processes together since the last call, and their MFU within 0 and 1."""
         now = time.perf_counter()
-        per_process = (self.tokens - self._counted) / (now - self._since)
-        self._counted, self._since = self.tokens, now
+        per_process = self._tokens / (now - self._since)
+        self._tokens, self._since = 0, now
         return {
             "tokens_per_second": per_process * self._processes,
             "mfu": per_process * self._flops / self._peak,

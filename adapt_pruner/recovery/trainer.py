@@ -224,7 +224,7 @@ class RecoveryTrainer(Trainer):
     # writes last. What else it would write of optimizer, schedule and arguments are pickles.
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Nothing within a checkpoint; `checkpoint.save_model` writes models."""
+        """Nothing within a checkpoint; `saving.save_model` writes models."""
         if not _internal_call:
             raise NotImplementedError("expected adapt_pruner.saving.save_model")
 

@@ -24,14 +24,13 @@ from adapt_pruner.scoring.estimators import (
     MAGNITUDE_L1,
     MAGNITUDE_L2,
     TAYLOR_FIRST,
-    Crediting,
     Estimator,
     GqaCredit,
 )
 from adapt_pruner.scoring.gradients import UnitTensors, adder, gradients_to
 from adapt_pruner.scoring.layers import LayerImportance, Metric
 from adapt_pruner.scoring.losses import text_loss
-from adapt_pruner.scoring.taylor import Scores, to_host
+from adapt_pruner.scoring.taylor import Scores, plan_crediting, to_host
 from adapt_pruner.sharding import named_tensors, own_rows, together, world
 
 # Estimators that are such sums, and what of each element.
@@ -72,15 +71,7 @@ def score_sharded(
     """
     parameters = cast(dict[str, nn.Parameter], named_tensors(model))
     kinds = [family.kinds_in(layer_widths) for layer_widths in widths]
-    crediting = Crediting.plan(
-        [
-            (layer_widths, family.unit_tensors(kind, layer, layer_widths, parameters))
-            for layer, layer_widths in enumerate(widths)
-            for kind in kinds[layer]
-        ],
-        credit=gqa_credit,
-        biases=estimator.biases,
-    )
+    crediting = plan_crediting(family, widths, parameters, estimator, gqa_credit)
     shares = batch.tensor_split(world().size)
     own = shares[world().rank]
     micro_batches = own.split(micro_batch_size) if len(own) else ()

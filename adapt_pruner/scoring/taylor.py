@@ -160,15 +160,7 @@ def score(
     """
     parameters = dict(model.named_parameters())
     kinds = [family.kinds_in(layer_widths) for layer_widths in widths]
-    crediting = Crediting.plan(
-        [
-            (layer_widths, family.unit_tensors(kind, layer, layer_widths, parameters))
-            for layer, layer_widths in enumerate(widths)
-            for kind in kinds[layer]
-        ],
-        credit=gqa_credit,
-        biases=estimator.biases,
-    )
+    crediting = plan_crediting(family, widths, parameters, estimator, gqa_credit)
     collecting = None
     if grams or estimator.grams:
         fisher = estimator.grams and estimator.loss is not None
@@ -240,6 +232,25 @@ def score(
         return scores
     averaged = scores.averaged_with(earlier, share)
     return replace(averaged, unit_importance=scores.unit_importance) if estimator.grams else averaged
+
+
+def plan_crediting(
+    family: Family,
+    widths: Sequence[LayerWidths],
+    parameters: Mapping[str, Tensor],
+    estimator: Estimator,
+    credit: GqaCredit,
+) -> Crediting:
+    """How the scores of all tensors add up to those of the units of each kind, layer by layer."""
+    return Crediting.plan(
+        [
+            (layer_widths, family.unit_tensors(kind, layer, layer_widths, parameters))
+            for layer, layer_widths in enumerate(widths)
+            for kind in family.kinds_in(layer_widths)
+        ],
+        credit=credit,
+        biases=estimator.biases,
+    )
 
 
 def _scoring(
