@@ -22,7 +22,7 @@ from adapt_pruner.plan import PruningPlan
 from adapt_pruner.pruner import OnIteration, Progress, Setup, prune, set_up
 from adapt_pruner.recovery.config import AccelConfig
 from adapt_pruner.recovery.moments import Moments
-from adapt_pruner.recovery.recover import KEPT_STATE, Part, recover, recovery_data, whole
+from adapt_pruner.recovery.recover import FREE_TO_CHANGE, KEPT_STATE, Part, recover, recovery_data, whole
 from adapt_pruner.recovery.split import split_examples
 from adapt_pruner.run import RunDirectory
 from adapt_pruner.sharding import join_processes, together
@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _RUNS = ("prune", "recover")  # the directories of a stage
-_OF_TRAINING = ("loss_last", "held_out_loss", "held_out_perplexity", "steps", "tokens", "tokens_per_second")
+_OF_TRAINING = (
+    "held_out_loss_before", "held_out_loss", "held_out_perplexity", "steps", "tokens", "tokens_per_second",
+)  # fmt: skip
+# A resumed run may have others of these, as `recover` may.
+_FREE_TO_CHANGE = ("output", "resume", *(f"recover.{name}" for name in FREE_TO_CHANGE))
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def accel(
     device = resolve_device(config.recovery(config.model, "-", False).device)
     first = join_processes(device.type).rank == 0
     output = Path(config.output)
-    run = RunDirectory(output)
+    run = RunDirectory(output, free_to_change=_FREE_TO_CHANGE)
     with together():  # all see the directory as it was
         run.check(config, resume=config.resume)
     if run.complete:
@@ -106,7 +110,7 @@ def accel(
     setup, stages = plan_stages(config, checkpoint)
     with together():
         if first:
-            run = RunDirectory.open(output, config, resume=config.resume)
+            run = RunDirectory.open(output, config, resume=config.resume, free_to_change=_FREE_TO_CHANGE)
     try:
         progress = Progress(setup.budget.initial, (0.0,) * len(setup.budget.initial))
         model, state = config.model, None
@@ -201,7 +205,6 @@ def _metrics(stage: Stage, pruned: RunDirectory, trained: RunDirectory) -> dict[
         "stage": stage.number,
         "parameters": pruning["parameters_after"],
         "pruning_seconds": pruning["seconds"],
-        "pruned_loss": training["loss_first"],
         **{key: training[key] for key in _OF_TRAINING},
     }
 

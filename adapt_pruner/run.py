@@ -21,8 +21,8 @@ from adapt_pruner.checkpoint import write_json, write_tensors, write_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Settings that do not change the result, so a resumed run may have others.
-_FREE_TO_CHANGE = ("output", "resume")
+# Settings that do not change the result, so a resumed run may have others; "recover.x" is x in that mapping.
+FREE_TO_CHANGE = ("output", "resume")
 
 
 class RunDirectory:
@@ -32,7 +32,7 @@ class RunDirectory:
     `state/tensors-NNN.safetensors` belongs to iteration NNN of `state/progress.json`, and no other is read.
     """
 
-    def __init__(self, path: Path, *, free_to_change: Collection[str] = _FREE_TO_CHANGE) -> None:
+    def __init__(self, path: Path, *, free_to_change: Collection[str] = FREE_TO_CHANGE) -> None:
         self.path = path
         self._free_to_change = free_to_change
         self.model = path / "model"
@@ -48,7 +48,7 @@ class RunDirectory:
         config: Any,
         *,
         resume: bool,
-        free_to_change: Collection[str] = _FREE_TO_CHANGE,
+        free_to_change: Collection[str] = FREE_TO_CHANGE,
     ) -> RunDirectory:
         """Creates a run directory, or opens an unfinished one.
 
@@ -99,11 +99,18 @@ class RunDirectory:
             key, value = field.name, getattr(config, field.name)
             # A setting that the run does not know is younger than the run, which had its default.
             default = None if field.default is dataclasses.MISSING else field.default
-            before = saved.get(key, default)
-            if key not in self._free_to_change and before != value:
-                raise ValueError(
-                    f"cannot resume {self.path}: {key} is {value!r}, the run was started with {before!r}"
-                )
+            self._require_same(key, saved.get(key, default), value)
+
+    def _require_same(self, key: str, before: Any, value: Any) -> None:
+        if key in self._free_to_change or before == value:
+            return
+        if isinstance(before, Mapping) and isinstance(value, Mapping):  # settings of another command
+            for name in sorted(before.keys() | value.keys()):
+                self._require_same(f"{key}.{name}", before.get(name), value.get(name))
+            return
+        raise ValueError(
+            f"cannot resume {self.path}: {key} is {value!r}, the run was started with {before!r}"
+        )
 
     def _acquire(self) -> None:
         self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -13,6 +13,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -106,10 +107,10 @@ def plot(output: Path, file: Path) -> None:
 def lines_of(output: Path) -> list[dict[str, Any]]:
     """A line for the unpruned and the untrained model and for each arm."""
     untrained = json.loads((output / "once/stages/01/prune/metrics.json").read_text())
-    first = curve(output / "once", "loss")[1][0]
+    loss = json.loads((output / "once/metrics.json").read_text())["stages"][0]["held_out_loss_before"]
     lines: list[dict[str, Any]] = [
         {"arm": "dense", "parameters": untrained["parameters_before"]},
-        {"arm": "pruned", "parameters": untrained["parameters_after"], "first_loss": first},
+        {"arm": "pruned", "parameters": untrained["parameters_after"], "held_out_loss": loss},
     ]
     for arm in ARMS:
         made = json.loads((output / arm / "metrics.json").read_text())
@@ -121,9 +122,7 @@ def lines_of(output: Path) -> list[dict[str, Any]]:
                 "parameters": made["parameters_after"],
                 "stages": len(stages),
                 "tokens": made["tokens"],
-                "first_loss": stages[0]["pruned_loss"],
                 "held_out_loss": made["held_out_loss"],
-                "held_out_perplexity": made["held_out_perplexity"],
                 "pruning_seconds": sum(stage["pruning_seconds"] for stage in stages),
                 "training_seconds": sum(stage["tokens"] / stage["tokens_per_second"] for stage in stages),
                 "peak_memory_bytes": max(span["peak_memory_bytes"] for span in spans),
@@ -150,7 +149,7 @@ def write_page(recipe: dict[str, Any], output: Path, page: Path, limit: int, com
     shown = {
         "arm": lambda line: line["arm"],
         "parameters": lambda line: f"{line['parameters']:,}",
-        "held-out perplexity": lambda line: f"{line['held_out_perplexity']:.2f}",
+        "held-out perplexity": lambda line: f"{math.exp(line['held_out_loss']):.2f}",
         "mean accuracy": lambda line: f"{line['mean']:.4f} ± {line['mean_stderr']:.4f}",
         "pruning s": lambda line: f"{line['pruning_seconds']:.0f}",
         "training s": lambda line: f"{line['training_seconds']:.0f}",

@@ -45,11 +45,12 @@ KEPT_STATE = "training_state"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # What would take a training out of our hands.
 _NOT_OURS = {
-    "auto_find_batch_size", "data_seed", "deepspeed", "fsdp", "fsdp_config", "load_best_model_at_end",
-    "num_train_epochs", "parallelism_config", "resume_from_checkpoint", "save_only_model", "save_strategy",
+    "auto_find_batch_size", "data_seed", "deepspeed", "eval_on_start", "fsdp", "fsdp_config",
+    "load_best_model_at_end", "num_train_epochs", "parallelism_config", "resume_from_checkpoint",
+    "save_only_model", "save_strategy",
 }  # fmt: skip
 # Settings that change nothing but rounding in what a resumed run ends with.
-_FREE_TO_CHANGE = (
+FREE_TO_CHANGE = (
     "output", "resume", "micro_batch_size", "sharding", "gradient_checkpointing", "teacher_device",
     "save_steps", "log_steps", "loggers",
 )  # fmt: skip
@@ -119,7 +120,7 @@ def recover(
     _require_same_vocabulary(checkpoint, teacher)
     accumulation = accumulation_steps(config, join_processes(resolve_device(config.device).type).size)
     output = Path(config.output)
-    run = RunDirectory(output, free_to_change=_FREE_TO_CHANGE)
+    run = RunDirectory(output, free_to_change=FREE_TO_CHANGE)
     with together():  # all see the directory as it was
         run.check(config, resume=config.resume)
     if run.complete:
@@ -137,10 +138,11 @@ def recover(
     resumed: list[Path | None] = [None]
     with together():
         if first:
-            run = RunDirectory.open(output, config, resume=config.resume, free_to_change=_FREE_TO_CHANGE)
+            run = RunDirectory.open(output, config, resume=config.resume, free_to_change=FREE_TO_CHANGE)
             resumed = [last_checkpoint(output / CHECKPOINTS)]
     if arguments.world_size > 1:
         distributed.broadcast_object_list(resumed)
+    arguments.eval_on_start = data.held_out is not None and resumed[0] is None
     try:
         trainer = _trainer(config, arguments, checkpoint, teacher, data, part)
         _log_to(run, trainer)
@@ -341,17 +343,19 @@ def _save(
     if part.keep_state and not (run.path / KEPT_STATE).exists():
         save_training_state(run.path / KEPT_STATE, trainer.model, plain(trainer.optimizer))
     state, device = trainer.state, trainer.args.device
-    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    rates = [entry["tokens_per_second"] for entry in state.log_history if "tokens_per_second" in entry]
+    logged = [entry for entry in state.log_history if "loss" in entry]
+    cross_entropy = [entry.get("cross_entropy", entry["loss"]) for entry in logged]
+    evaluated = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
     metrics = {
         "steps": state.global_step,
         "sequences": state.global_step * config.batch_size,
         "tokens": state.global_step * config.batch_size * config.sequence_length,
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
+        "loss_first": cross_entropy[0],
+        "loss_last": cross_entropy[-1],
+        "held_out_loss_before": evaluated[0] if evaluated else None,
         "held_out_loss": held_out.get("eval_loss"),
         "held_out_perplexity": held_out.get("eval_perplexity"),
-        "tokens_per_second": round(median(rates), 2),
+        "tokens_per_second": round(median(entry["tokens_per_second"] for entry in logged), 2),
         "processes": trainer.args.world_size,
         "peak_memory_bytes": peak_memory(device),
     }

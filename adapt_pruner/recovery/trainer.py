@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -51,6 +51,13 @@ class Teacher:
     distillation: Distillation
 
 
+class _LogBeforeSaving(TrainerCallback):
+    """What is saved has been logged, and so been found sound; the last step always is."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        control.should_log |= control.should_save
+
+
 class RecoveryTrainer(Trainer):
     """The Trainer with the recovery loss and checkpoints without pickle, of whole or sharded models.
 
@@ -79,6 +86,7 @@ class RecoveryTrainer(Trainer):
         **others: Any,
     ) -> None:
         super().__init__(model, **others)
+        self.add_callback(_LogBeforeSaving)
         # The Trainer's word for a model that sees to its own placement and gradient reduction. It is set here
         # as the Trainer itself has no checkpoints for such models and refuses to begin.
         self.is_distributed_loading_by_transformers = is_sharded(model)

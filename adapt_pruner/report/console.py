@@ -121,30 +121,30 @@ def show_pruned(console: Console, result: dict[str, Any]) -> None:
 
 
 def show_recovered(console: Console, result: dict[str, Any]) -> None:
-    held_out = result["held_out_perplexity"]
     console.print(
-        f"{escape(result['run_directory'])}: {result['steps']} steps, {result['tokens']:,} tokens, loss "
-        f"{result['loss_first']:.4f} -> {result['loss_last']:.4f}"
-        f"{'' if held_out is None else f', held-out perplexity {held_out:.3f}'}; "
+        f"{escape(result['run_directory'])}: {result['steps']} steps, {result['tokens']:,} tokens, "
+        f"held-out loss {_loss(result['held_out_loss_before'])} -> {_loss(result['held_out_loss'])}; "
         f"{result['tokens_per_second']:,.0f} tokens/s, "
         f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB"
     )
 
 
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
 def show_accelerated(console: Console, result: dict[str, Any]) -> None:
     table = Table(title=escape(result["run_directory"]))
-    for column in ("stage", "parameters", "pruned", "trained", "held-out perplexity", "steps", "tokens"):
+    for column in ("stage", "parameters", "steps", "tokens", "held-out loss: pruned", "trained"):
         table.add_column(column)
     for line in result["stages"]:
-        held_out = line["held_out_perplexity"]
         table.add_row(
             str(line["stage"]),
             f"{line['parameters']:,}",
-            f"{line['pruned_loss']:.4f}",
-            f"{line['loss_last']:.4f}",
-            "-" if held_out is None else f"{held_out:.3f}",
             str(line["steps"]),
             f"{line['tokens']:,}",
+            _loss(line["held_out_loss_before"]),
+            _loss(line["held_out_loss"]),
         )
     console.print(table)
 

@@ -189,7 +189,11 @@ def test_killed_between_stages(config, whole_run, tmp_path):
     killed = replace(config, output=str(tmp_path / "run"))
     with pytest.raises(KeyboardInterrupt):
         accel(killed, on_iteration=kill)
-    result = accel(replace(killed, resume=True))
+    faster = {**config.recover, "learning_rate": 1e-2}
+    with pytest.raises(ValueError, match=r"recover.learning_rate is 0.01, the run was started with 0.001"):
+        accel(replace(killed, resume=True, recover=faster))
+    rarely = {**config.recover, "save_steps": 7}
+    result = accel(replace(killed, resume=True, recover=rarely))
     assert _losses(result.run_directory) == _losses(whole_run.run_directory)
 
 

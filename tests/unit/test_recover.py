@@ -51,7 +51,10 @@ def test_run(config, whole_run):
     assert len(losses) == 6
     assert losses[-1] < losses[0] - 0.1
     assert whole_run.metrics["tokens"] == 6 * 8 * 32
-    assert len(_log(whole_run, "eval_loss")) >= 2
+    evaluated = _log(whole_run, "eval_loss")
+    assert len(evaluated) == 4  # before, in the middle, behind the last step, and for the metrics
+    assert whole_run.metrics["held_out_loss_before"] == evaluated[0]
+    assert whole_run.metrics["held_out_loss"] == evaluated[-1] < evaluated[0] - 0.1
     assert all(rate > 0 for rate in _log(whole_run, "mfu"))
     assert not (whole_run.run_directory / "checkpoints").exists()
     assert list((whole_run.run_directory / "tensorboard").glob("events.out.*"))
@@ -97,6 +100,18 @@ def test_diverged(config, tmp_path):
     with pytest.raises(Diverged, match=r"the loss at step \d is .*, expected at most 1.1 times"):
         recover(_quick(config, tmp_path, learning_rate=30.0, max_loss_ratio=1.1))
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_nothing_is_saved_that_was_not_found_sound(config, tmp_path):
+    class _Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **more):
+            if state.global_step == 1:
+                with torch.no_grad():
+                    next(model.parameters())[:] = float("nan")
+
+    with pytest.raises(Diverged, match="the loss at step 2 is nan"):
+        recover(_quick(config, tmp_path, log_steps=100, save_steps=1), callbacks=[_Break()])
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-1"]
 
 
 def test_distillation_pulls_towards_the_teacher(config, tiny_models, tmp_path, whole_run):
