@@ -1,7 +1,7 @@
 """Whether interleaving pruning with training helps: four ways to spend the same recovery tokens, and a page.
 
     python benchmarks/adapt_accel.py [--recipe recipes/smollm2-135m-to-70.yaml] [--output runs/adapt-accel]
-        [--limit 100] [--arms once,interleaved] [--page docs/results-adapt-accel.md]
+        [--limit 200] [--arms once,interleaved] [--page docs/results-adapt-accel.md]
 
 Every arm is a run of `accel` with the settings of the recipe but for what the arm is about; an arm that was
 killed goes on where it was, and one that is finished is not run again. The page comes once all are finished.
@@ -203,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--recipe", type=Path, default=Path("recipes/smollm2-135m-to-70.yaml"))
     parser.add_argument("--output", type=Path, default=Path("runs/adapt-accel"))
-    parser.add_argument("--limit", type=int, default=100, help="questions of each task")
+    parser.add_argument("--limit", type=int, default=200, help="questions of each task")
     parser.add_argument("--arms", default=",".join(["pruned", *ARMS]), help="separated by commas")
     parser.add_argument("--page", type=Path, default=Path("docs/results-adapt-accel.md"))
     options = parser.parse_args()
