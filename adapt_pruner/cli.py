@@ -46,7 +46,7 @@ _COMMANDS: dict[str, tuple[type | None, tuple[str, ...], str]] = {
     "prune": (PruneConfig, ("model",), "prune a model to a parameter budget"),
     "apply": (ApplyConfig, ("plan", "model"), "replay a saved plan on a checkpoint"),
     "recover": (RecoverConfig, ("model",), "train a pruned model to recover its quality"),
-    "accel": (AccelConfig, (), "prune and train in stages, as a settings file says"),
+    "accel": (AccelConfig, (), "prune and train in stages, as a settings file says: accel RECIPE.yaml"),
     "evaluate": (EvaluateConfig, ("model",), "perplexity and multiple-choice accuracy"),
     "compare": (CompareConfig, ("models",), "models by several methods at several sizes, in one table"),
     "inspect": (InspectConfig, ("model",), "widths, parameters, FLOPs and KV cache, layer by layer"),
@@ -64,7 +64,7 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = re.sub(rf"\b(?:{'|'.join(_COMMANDS)})\.(\w+)", lambda m: _flag(m[1]), message)
         text = re.sub(r'Parser key "(\w+)":', lambda m: f"{_flag(m[1])}:", text)
-        text = _plainly(" ".join(text.split()))
+        text = _plainly(" ".join(text.split())).replace('in "<unicode string>", ', "")
         print(f"adapt-pruner: error: {text}; see --help", file=sys.stderr)
         sys.exit(2)
 
@@ -177,16 +177,22 @@ def _config_first(argv: Sequence[str]) -> list[str]:
     `accel` takes the settings file itself: most of what it needs is only said there.
     """
     first, rest = [], []
-    if argv[:1] == ["accel"] and argv[1:2] and not argv[1].startswith("-"):
-        argv = ["accel", "--config", *argv[1:]]
+    switches = {_flag(f.name) for f in dataclasses.fields(AccelConfig) if f.default is False}
+    switches |= {"--json", "--debug", "--help"}
+    takes_value = False  # the argument before
     arguments = iter(argv)
     for argument in arguments:
-        if argument == "--config":
+        is_recipe = argv[0] == "accel" and rest and not argument.startswith("-") and not takes_value
+        takes_value = False
+        if is_recipe:
+            first += ["--config", argument]
+        elif argument == "--config":
             first += [argument, *itertools.islice(arguments, 1)]
         elif argument.startswith("--config="):
             first.append(argument)
         else:
             rest.append(argument)
+            takes_value = argument.startswith("--") and "=" not in argument and argument not in switches
     return [*rest[:1], *first, *rest[1:]]
 
 

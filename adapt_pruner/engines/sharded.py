@@ -28,13 +28,15 @@ from adapt_pruner.families import (
     unit_costs,
 )
 from adapt_pruner.kernels.backends import choose_backend
+from adapt_pruner.modeling import register
+from adapt_pruner.modeling.conversion import pruned_config
 from adapt_pruner.plan import Indices, decode_runs, encode_runs
 from adapt_pruner.saving import save_model
 from adapt_pruner.scoring import Scores
 from adapt_pruner.scoring.estimators import TAYLOR_FIRST, Estimator, GqaCredit
 from adapt_pruner.scoring.layers import Metric
 from adapt_pruner.scoring.sharded import SALIENCIES, score_sharded
-from adapt_pruner.sharding import make_mesh, named_tensors, world
+from adapt_pruner.sharding import make_mesh, named_tensors, sum_gradients, world
 
 _ALLOCATIONS = ("adaptive", "uniform", "global", "threshold")
 
@@ -58,8 +60,11 @@ class ShardedEngine:
         target = resolve_device(device)
         choose_backend(backend, target)  # fails before the weights are read
         self._backend = backend
-        self.model = read_model(checkpoint, self.widths, make_mesh(target.type), DTYPES.get(dtype))
+        register()
         self._config = AutoConfig.from_pretrained(checkpoint.directory)
+        config = pruned_config(self._config, self.widths)  # of the class that a pruned model has
+        self.model = read_model(checkpoint, config, make_mesh(target.type), DTYPES.get(dtype))
+        sum_gradients(self.model)
 
     @property
     def num_parameters(self) -> int:

@@ -14,11 +14,10 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from adapt_pruner.checkpoint import Checkpoint, CheckpointError
 from adapt_pruner.families import Family, LayerWidths
-from adapt_pruner.modeling import register
 from adapt_pruner.modeling.conversion import pruned_config
 from adapt_pruner.plan import Indices
 from adapt_pruner.sharding import named_tensors, own_rows, shard, sum_gradients, together
@@ -30,28 +29,31 @@ if TYPE_CHECKING:
 
 
 def read_model(
-    checkpoint: Checkpoint, widths: Sequence[LayerWidths], mesh: DeviceMesh, dtype: torch.dtype | None
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig,
+    mesh: DeviceMesh,
+    dtype: torch.dtype | None,
+    *,
+    mixed_precision: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """Reads a verified checkpoint as a sharded causal LM in evaluation mode, on all ranks.
 
-    Every rank reads its own rows of each tensor alone. Gradients will be sums over the ranks.
+    Every rank reads its own rows of each tensor alone.
 
     Args:
-        widths: those that the checkpoint's config says.
+        checkpoint: without experts, whose tensors have other names in a model.
+        config: of the model to make; its tensors are those of the checkpoint.
         mesh: over all ranks, of one dimension.
         dtype: of the weights; None keeps that of the checkpoint.
-    Returns:
-        A model of the class that a pruned one of these widths has on disk.
+        mixed_precision: as for `sharding.shard`.
     Raises:
         CheckpointError: tensors that do not fit the config, or weights that are not finite.
         RuntimeError: another rank could not read its part.
     """
-    register()
-    config = AutoConfig.from_pretrained(checkpoint.directory)
     if dtype is None:
         first = next(iter(checkpoint.tensors))
         dtype = config.dtype or _read(checkpoint, first, range(1)).dtype
-    model = _empty_model(pruned_config(config, widths), dtype, mesh)
+    model = _empty_model(config, dtype, mesh, mixed_precision)
     if (checkpoint.directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
     weights = named_tensors(model)
@@ -92,12 +94,13 @@ def prune_sharded(
     Rows that one rank had may go to another one: a tensor that shrinks is gathered, and then shared out anew.
 
     Args:
-        model: as `read_model` or this function returns it; of no use afterwards, as weights are shared.
+        model: as `read_model` or this function returns it, its gradients sums; of no use afterwards, as
+            weights are shared.
         widths: its widths now.
         keep: per layer and unit kind, sorted int64 indices among the units there are now.
         config: of the base model.
     Returns:
-        The pruned model, of the class that it has on disk, and its widths.
+        The pruned model, of the class that it has on disk, whose gradients are sums too, and its widths.
     """
     pruned = []
     for layer, layer_keep in zip(widths, keep, strict=True):
@@ -110,6 +113,7 @@ def prune_sharded(
     assert isinstance(weight, DTensor)
     mesh, placements = weight.device_mesh, weight.placements
     smaller = _empty_model(pruned_config(config, pruned), model.dtype, mesh)
+    sum_gradients(smaller)
     smaller.generation_config = model.generation_config
     for name, empty in named_tensors(smaller).items():
         value = before[name].detach()
@@ -122,14 +126,17 @@ def prune_sharded(
     return smaller, tuple(pruned)
 
 
-def _empty_model(config: PreTrainedConfig, dtype: torch.dtype, mesh: DeviceMesh) -> PreTrainedModel:
+def _empty_model(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    mesh: DeviceMesh,
+    mixed_precision: torch.dtype | None = None,
+) -> PreTrainedModel:
     """A sharded model whose weights have no memory yet; buffers, such as rotary frequencies, are there."""
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
-    shard(model.eval(), mesh)
-    sum_gradients(model)
-    return model
+    return shard(model.eval(), mesh, mixed_precision=mixed_precision)
 
 
 def _put(model: PreTrainedModel, name: str, value: Tensor) -> None:

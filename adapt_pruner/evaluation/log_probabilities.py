@@ -22,11 +22,14 @@ _LOGITS_AT_ONCE = 1 << 26
 
 @contextlib.contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation and inference mode for the block; every module gets its training flag back."""
+    """Evaluation mode without gradients for the block; every module gets its training flag back.
+
+    Not inference mode: what a sharded model gathers under it, training could not write to afterwards.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             yield
     finally:
         for module in training:

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import distributed
 from torch.utils.data import Dataset, Subset
-from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from adapt_pruner.assets import resolve_model
@@ -27,7 +34,10 @@ from adapt_pruner.checkpoint import (
 from adapt_pruner.data import check_vocabulary, prefix_token, stream_rows
 from adapt_pruner.engines.device import deterministic, peak_memory, resolve_device
 from adapt_pruner.engines.in_memory import load_model
+from adapt_pruner.engines.shards import read_model
+from adapt_pruner.families import layer_widths
 from adapt_pruner.inspection import summarize
+from adapt_pruner.modeling import register
 from adapt_pruner.recovery.adapters import add_adapters, merge_adapters, require_peft
 from adapt_pruner.recovery.config import RecoverConfig
 from adapt_pruner.recovery.losses import Distillation
@@ -293,15 +303,8 @@ def _trainer(
     data: RecoveryData,
     part: Part,
 ) -> RecoveryTrainer:
-    model = load_model(checkpoint, device=str(arguments.device), dtype="fp32")
+    model = _load(config, arguments, checkpoint)
     check_attention(model.config)
-    if config.lora_rank:
-        torch.manual_seed(config.seed)  # they begin with random numbers, the same in all processes
-        model = add_adapters(model, rank=config.lora_rank, alpha=config.lora_alpha)
-    precision = torch.bfloat16 if arguments.bf16 else None
-    if arguments.world_size > 1:
-        mesh = make_mesh(arguments.device.type, replicate=config.sharding == "none")
-        shard(model, mesh, mixed_precision=precision)
     teacher = None
     if taught_by is not None:
         device = config.teacher_device or str(arguments.device)
@@ -333,6 +336,26 @@ def _trainer(
         eval_dataset=data.held_out,
         data_collator=collate,
     )
+
+
+def _load(config: RecoverConfig, arguments: TrainingArguments, checkpoint: Checkpoint) -> Any:
+    """The model to train, with weights in fp32: whole, or sharded over all processes."""
+    processes, device = arguments.world_size, arguments.device
+    precision = torch.bfloat16 if arguments.bf16 else None
+    by_rows = not config.lora_rank and not any(w.num_experts for w in layer_widths(checkpoint.config))
+    if processes > 1 and config.sharding == "full" and by_rows:
+        register()
+        shape = AutoConfig.from_pretrained(checkpoint.directory)
+        mesh = make_mesh(device.type)
+        return read_model(checkpoint, shape, mesh, torch.float32, mixed_precision=precision)
+    model = load_model(checkpoint, device=str(device), dtype="fp32")
+    if config.lora_rank:
+        torch.manual_seed(config.seed)  # they begin with random numbers, the same in all processes
+        model = add_adapters(model, rank=config.lora_rank, alpha=config.lora_alpha)
+    if processes > 1:
+        mesh = make_mesh(device.type, replicate=config.sharding == "none")
+        shard(model, mesh, mixed_precision=precision)
+    return model
 
 
 def _save(

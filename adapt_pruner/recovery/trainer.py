@@ -192,7 +192,7 @@ class RecoveryTrainer(Trainer):
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # nats, tokens
         size = self.args.per_device_eval_batch_size
         own = range(self.args.process_index, len(dataset), self.args.world_size)
-        with evaluating(self.model), torch.no_grad():
+        with evaluating(self.model):
             # As many passes as the first process makes: sharded weights need all of them in each.
             for start in range(0, -(-len(dataset) // self.args.world_size), size):
                 examples = [dataset[i] for i in own[start : start + size]]

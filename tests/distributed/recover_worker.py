@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+import adapt_pruner.recovery.recover as recover_module
 from adapt_pruner.adapt_accel import accel
 from adapt_pruner.recovery.config import AccelConfig, RecoverConfig
 from adapt_pruner.recovery.recover import recover
@@ -45,8 +46,14 @@ class _Sharded(TrainerCallback):
             print(f"rank {args.process_index} holds {local} of {whole}", flush=True)
 
 
+def _refuse(*args, **more):
+    raise AssertionError("a process has loaded the whole model")
+
+
 def main(command: str, settings: str, *kill: str) -> None:
     torch.set_num_threads(1)
+    if os.environ.get("IN_PARTS"):
+        recover_module.load_model = _refuse
     values = json.loads(Path(settings).read_text())
     callbacks = [_Sharded(), *([_Kill(*map(int, kill))] if kill else [])]
     if command == "recover":

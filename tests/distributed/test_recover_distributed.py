@@ -67,7 +67,7 @@ def same_weights(run: Path, other: Path, *, rtol: float, atol: float) -> None:
 def together(config, tmp_path_factory):
     """Two processes, by how they share the model: what they print and the run."""
     runs = {}
-    for sharding, variables in (("full", {}), ("none", {"REPLICATED": "1"})):
+    for sharding, variables in (("full", {"IN_PARTS": "1"}), ("none", {"REPLICATED": "1"})):
         path = tmp_path_factory.mktemp(sharding)
         settings = asdict(replace(config, output=str(path / "run"), sharding=sharding))
         done = run_worker("recover", settings, path / "c.json", **variables)

@@ -266,7 +266,7 @@ def test_command_line(config, tmp_path, capsys, monkeypatch):
     assert main(["accel", "recipe.yaml", "--dry-run", "--json"]) == 0
     assert [line["stage"] for line in json.loads(capsys.readouterr().out)["stages"]] == [1, 2]
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
-    assert main(["accel", "recipe.yaml", "--output", "run", "--target", "0.9", "--json"]) == 0
+    assert main(["accel", "--output", "run", "--json", "recipe.yaml", "--target", "0.9"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert len(result["stages"]) == 2
     assert result["parameters_after"] > 0.89 * 112_368
