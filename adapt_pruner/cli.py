@@ -176,7 +176,8 @@ def _config_first(argv: Sequence[str]) -> list[str]:
 
     `accel` takes the settings file itself: most of what it needs is only said there.
     """
-    first, rest = [], []
+    first: list[str] = []
+    rest: list[str] = []
     switches = {_flag(f.name) for f in dataclasses.fields(AccelConfig) if f.default is False}
     switches |= {"--json", "--debug", "--help"}
     takes_value = False  # the argument before

@@ -52,7 +52,8 @@ def read_model(
     """
     if dtype is None:
         first = next(iter(checkpoint.tensors))
-        dtype = config.dtype or _read(checkpoint, first, range(1)).dtype
+        said = config.dtype
+        dtype = said if isinstance(said, torch.dtype) else _read(checkpoint, first, range(1)).dtype
     model = _empty_model(config, dtype, mesh, mixed_precision)
     if (checkpoint.directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
