@@ -59,6 +59,7 @@ _NOT_OURS = {
     "load_best_model_at_end", "num_train_epochs", "parallelism_config", "resume_from_checkpoint",
     "save_only_model", "save_strategy",
 }  # fmt: skip
+_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 # Settings that change nothing but rounding in what a resumed run ends with.
 FREE_TO_CHANGE = (
     "output", "resume", "micro_batch_size", "sharding", "gradient_checkpointing", "teacher_device",
@@ -291,6 +292,11 @@ def training_arguments(config: RecoverConfig, steps: int, accumulation: int) -> 
         )
     # Not what the verbosity of transformers' own messages makes of it.
     arguments = TrainingArguments(**{"disable_tqdm": False} | values | config.arguments)
+    if arguments.optim not in _OPTIMIZERS:
+        raise ValueError(
+            f"arguments has optim {config.arguments['optim']!r}, expected one of {list(_OPTIMIZERS)}, whose state "
+            "is kept in checkpoints and pruned"
+        )
     get_reporting_integration_callbacks(arguments.report_to)  # which raises for a logger that is not there
     return arguments
 

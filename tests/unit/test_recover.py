@@ -232,6 +232,7 @@ def test_arguments_reach_the_trainer(config, tmp_path):
             "arguments has output_dir, expected none that other",
         ),
         ({"arguments": {"fsdp": "full_shard"}}, ValueError, "arguments has fsdp, expected none that other"),
+        ({"arguments": {"optim": "adafactor"}}, ValueError, "arguments has optim 'adafactor', expected"),
         ({"loggers": "nonsense"}, ValueError, "nonsense"),
         (
             {"sequence_length": 512, "eval_tokens": 512},
