@@ -294,8 +294,8 @@ def training_arguments(config: RecoverConfig, steps: int, accumulation: int) -> 
     arguments = TrainingArguments(**{"disable_tqdm": False} | values | config.arguments)
     if arguments.optim not in _OPTIMIZERS:
         raise ValueError(
-            f"arguments has optim {config.arguments['optim']!r}, expected one of {list(_OPTIMIZERS)}, whose state "
-            "is kept in checkpoints and pruned"
+            f"arguments has optim {config.arguments['optim']!r}, expected one of {list(_OPTIMIZERS)}, whose "
+            "state is kept in checkpoints and pruned"
         )
     get_reporting_integration_callbacks(arguments.report_to)  # which raises for a logger that is not there
     return arguments
