@@ -18,13 +18,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from adapt_pruner.checkpoint import read_header, write_json
-from adapt_pruner.saving import MAX_FILE_BYTES, header_text, shared_directory
+from adapt_pruner.saving import header_text, shared_directory
 from adapt_pruner.sharding import named_tensors, world
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 STATE_NAME = "training_state.json"
+_FILE_BYTES = 256 * 2**20
 # How an optimizer computes, which is the process's own choice; the rest of a parameter group is saved.
 _IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable")
 
@@ -155,11 +156,11 @@ def _require_fit(directory: Path, tensors: Mapping[str, Tensor], saved: Mapping[
 
 
 def _write_parts(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes this rank's parts of the tensors, a few gigabytes of them at a time."""
+    """Writes this rank's parts of the tensors, a file at a time: of each there is a copy in memory."""
     files, size = {}, 0
     for name, tensor in tensors.items():
-        files[name] = 1 + size // MAX_FILE_BYTES
-        size += tensor.numel() * tensor.itemsize
+        files[name] = 1 + size // _FILE_BYTES
+        size += tensor.numel() * tensor.itemsize // world().size
     writer = _SameBytesWriter(str(directory), fqn_to_index_mapping=files, save_distributed=True)
     planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     with dcp_errors(f"could not write {directory}"):

@@ -348,7 +348,7 @@ def test_several_files_hold_what_save_pretrained_writes(family, tmp_path, monkey
 
 
 def test_state_in_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(training_state, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(training_state, "_FILE_BYTES", 100_000)
     model = make_case("tied")
     optimizer = make_optimizer(model)
     train(model, optimizer, range(1))
