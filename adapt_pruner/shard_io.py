@@ -226,15 +226,23 @@ def _copy(tensors: Sequence[tuple[int, Sequence[Piece]]], target: Path | None) -
     return values
 
 
+def native_problem() -> str | None:
+    """Why `adapt_pruner._io` cannot be used here, or None."""
+    try:
+        importlib.import_module("adapt_pruner._io")
+    except ImportError as error:  # absent, or built for another Python
+        return f"extension not built: {error}"
+    return None
+
+
 @functools.cache
 def _engine() -> Callable[..., list[int]]:
     """The native `copy`, or what stands in for it."""
-    try:
-        copy: Callable[..., list[int]] = importlib.import_module("adapt_pruner._io").copy
-        return copy
-    except ImportError as error:
-        warnings.warn(f"native shard I/O is not built ({error}): numpy copies, more slowly", stacklevel=2)
+    if problem := native_problem():
+        warnings.warn(f"native shard I/O cannot be used ({problem}): numpy copies, slower", stacklevel=2)
         return _copy_by_numpy
+    copy: Callable[..., list[int]] = importlib.import_module("adapt_pruner._io").copy
+    return copy
 
 
 def _copy_by_numpy(

@@ -73,10 +73,8 @@ def pruned_values(config: Mapping[str, Any], widths: Sequence[LayerWidths]) -> d
     stock_type = _SAVED_AS.get(config["model_type"], config["model_type"].removeprefix("adapt_"))
     classes = CLASSES[stock_type]
     # Older configs of Qwen3-MoE have another name for it, which classes know as an alias.
-    alias = "num_experts" in values and "num_local_experts" not in values
-    values |= {
-        "num_experts" if alias and key == "num_local_experts" else key: largest[key] for key in largest
-    }
+    names = {} if "num_local_experts" in values else {"num_local_experts": "num_experts"}
+    values |= {names.get(key, key): value for key, value in largest.items()}
     if is_uniform(widths) and _stock_runs(classes, widths, values):
         return {**values, "model_type": stock_type, "architectures": [classes.for_causal_lm]}
     different = {
