@@ -241,15 +241,12 @@ def test_an_input_that_differs_from_its_checksums_is_named(case, tmp_path, capsy
     apply_plan(PruningPlan.load(case[1]), case[0], model, max_shard_bytes=SHARD_BYTES)
     plan = random_plan(model)
     assert main(["verify", str(model)]) == 0
-    broken = sorted(model.glob("*.safetensors"))[2]
     where = open_checkpoint(model).tensors["model.layers.1.mlp.up_proj.weight"]
     data = bytearray(where.shard.read_bytes())
     data[(where.start + where.end) // 2] ^= 0x40
     where.shard.write_bytes(data)
     broken = where.shard
-    told = (
-        rf"{broken.name}: 1 of \d+ tensors differ from their checksums: \['model.layers.1.mlp.up_proj.weight"
-    )
+    told = rf"{broken.name}: 1 of \d+ tensors differ from their checksums: \['model.layers.1.mlp.up_proj"
     with pytest.raises(CheckpointError, match=told):
         apply_plan(plan, model, tmp_path / "output")
     assert list(tmp_path.iterdir()) == [model]
