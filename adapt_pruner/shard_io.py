@@ -86,7 +86,8 @@ def write_shards(directory: Path, tensors: Sequence[NewTensor], *, max_bytes: in
     """
     shards = _spread(tensors, max_bytes)
     done = _read_checksums(directory) or {}
-    weight_map, checksums = {}, {}
+    weight_map: dict[str, str] = {}
+    checksums: dict[str, Any] = {}
     for number, shard in enumerate(shards, 1):
         name = WEIGHTS_NAME if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         weight_map |= dict.fromkeys((tensor.name for tensor in shard), name)
