@@ -1,4 +1,8 @@
-"""Builds adapt_pruner._C, one abi3 extension on libtorch's stable ABI; everything else is in pyproject.toml.
+"""Builds the two extensions; everything else is in pyproject.toml.
+
+adapt_pruner._C has the ops: abi3, on libtorch's stable ABI. adapt_pruner._io copies parts of files and needs
+no torch; pybind11 ties it to the Python it is built with. A wheel is tagged abi3 all the same: another Python
+takes numpy instead of _io.
 
 CPU ops are always compiled. CUDA ops are compiled when a CUDA toolkit is found, also for a CPU build of
 torch, because the extension links the CUDA runtime statically and nothing of libtorch_cuda.
@@ -8,7 +12,7 @@ Environment:
     CUDA_HOME               where the toolkit is; else the nvcc on PATH, else /usr/local/cuda
     TORCH_CUDA_ARCH_LIST    GPU architectures, default 8.0;9.0;10.0+PTX
     MAX_JOBS                compiler processes at a time
-    ADAPT_PRUNER_NO_EXT=1   no extension: a pure Python package, which runs the reference ops
+    ADAPT_PRUNER_NO_EXT=1   no extensions: a pure Python package, which runs the reference ops
 """
 
 from __future__ import annotations
@@ -41,6 +45,8 @@ CUDA_SOURCES = [
     "cuda/similarity.cu",
     "cuda/activations.cu",
 ]
+IO_SOURCES = ["io/shard_io.cpp", "io/copy.cpp"]
+IO_HEADERS = ["io/copy.h", "io/crc32.h"]
 HEADERS = ["kernels.h", "checks.h", "cuda/common.cuh"]
 HEADERS += [f"cpu/{path.name}" for path in sorted((ROOT / "csrc" / "cpu").glob("*.h"))]
 
@@ -90,6 +96,7 @@ def cuda_archs() -> list[str]:
 
 
 def extension_arguments() -> dict[str, Any]:
+    import pybind11
     from setuptools import Extension
     from torch.utils import cpp_extension  # only here: a pure build needs no torch
 
@@ -127,8 +134,17 @@ def extension_arguments() -> dict[str, Any]:
         py_limited_api=True,
         language="c++",
     )
+    shard_io = Extension(
+        "adapt_pruner._io",
+        sources=[f"csrc/{source}" for source in IO_SOURCES],
+        include_dirs=[pybind11.get_include()],
+        extra_compile_args={"cxx": [*common, "-std=c++17", "-Wall", "-pthread"]},
+        extra_link_args=["-pthread"],
+        depends=[f"csrc/{header}" for header in IO_HEADERS],
+        language="c++",
+    )
     return {
-        "ext_modules": [extension],
+        "ext_modules": [extension, shard_io],
         "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
         "options": {"bdist_wheel": {"py_limited_api": PYTHON_TAG}},
     }

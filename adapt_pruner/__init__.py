@@ -14,6 +14,7 @@ from adapt_pruner.modeling.registration import register_on_first_load
 
 if TYPE_CHECKING:
     from adapt_pruner.adapt_accel import AccelResult, accel
+    from adapt_pruner.apply import apply_plan
     from adapt_pruner.bench import BenchResult, bench_kernels
     from adapt_pruner.comparison import ComparisonResult, compare
     from adapt_pruner.config import BenchConfig, CompareConfig, EvaluateConfig, InspectConfig, PruneConfig
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from adapt_pruner.recovery.config import AccelConfig, RecoverConfig
     from adapt_pruner.recovery.recover import RecoverResult, recover
     from adapt_pruner.scoring import Estimator
-    from adapt_pruner.surgery import apply_plan
 
 _HOME = {
     "AccelConfig": "recovery.config",
@@ -47,7 +47,7 @@ _HOME = {
     "RecoverConfig": "recovery.config",
     "RecoverResult": "recovery.recover",
     "accel": "adapt_accel",
-    "apply_plan": "surgery",
+    "apply_plan": "apply",
     "bench_kernels": "bench",
     "compare": "comparison",
     "evaluate": "evaluation.evaluate",

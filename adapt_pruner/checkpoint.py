@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -197,6 +199,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def header_text(header: Mapping[str, Any], length: int = 0) -> bytes:
+    """A safetensors header as its own writer has it, padded to `length` and to a multiple of 8 bytes."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(max(length, -(-len(text) // 8) * 8))
+    assert length in (0, len(text)), f"the header has grown from {length} to {len(text)} bytes"
+    return text
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -272,22 +282,70 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         yield partial
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
-        for file in partial.rglob("*"):
-            if file.is_file():
-                file.chmod(0o666 & ~umask)  # safetensors makes its files private
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
+        _publish(partial, target)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, SafetensorError):  # how safetensors reports a full disk
             raise OSError(f"could not write {target}: {error}") from error
         raise
+
+
+@contextlib.contextmanager
+def resumable_directory(target: Path, key: str) -> Iterator[Path]:
+    """As `atomic_directory`, but what an interrupted process has left for the same target and key is there
+    again. An error leaves nothing behind; what was left for another key goes.
+
+    Args:
+        key: what the contents depend on, as letters and digits.
+    Raises:
+        FileExistsError: `target` exists and is not empty; nothing is written then.
+        BlockingIOError: another process is writing the same.
+    """
+    require_empty(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}.resumable-"
+    partial = target.with_name(prefix + key)
+    partial.mkdir(exist_ok=True)
+    with _locked(partial):
+        for other in target.parent.glob(f"{glob.escape(prefix)}*"):
+            if other != partial:
+                with contextlib.suppress(BlockingIOError), _locked(other):
+                    shutil.rmtree(other)
+        try:
+            yield partial
+            _publish(partial, target)
+        except Exception:  # not an interrupt
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Only one process at a time has this; the lock goes with the process."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, "another process is writing", str(directory)) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Gives a complete directory its name, once it is on the disk."""
+    umask = os.umask(0)
+    os.umask(umask)
+    partial.chmod(0o777 & ~umask)
+    for file in partial.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)  # safetensors makes its files private
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    if target.exists():
+        target.rmdir()
+    partial.rename(target)
 
 
 def require_empty(target: Path) -> None:

@@ -27,8 +27,8 @@ from adapt_pruner.config import (
     InspectConfig,
     MissingSetting,
     PruneConfig,
+    VerifyConfig,
 )
-from adapt_pruner.kernels import BackendUnavailable
 from adapt_pruner.recovery.config import AccelConfig, RecoverConfig
 from adapt_pruner.report import console as show
 
@@ -45,6 +45,7 @@ Shown = (
 _COMMANDS: dict[str, tuple[type | None, tuple[str, ...], str]] = {
     "prune": (PruneConfig, ("model",), "prune a model to a parameter budget"),
     "apply": (ApplyConfig, ("plan", "model"), "replay a saved plan on a checkpoint"),
+    "verify": (VerifyConfig, ("model",), "compare the weights of a model with its checksums"),
     "recover": (RecoverConfig, ("model",), "train a pruned model to recover its quality"),
     "accel": (AccelConfig, (), "prune and train in stages, as a settings file says: accel RECIPE.yaml"),
     "evaluate": (EvaluateConfig, ("model",), "perplexity and multiple-choice accuracy"),
@@ -140,12 +141,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = _print_warning
             result, print_result, *status = _RUN[parsed.command](arguments)
     except KeyboardInterrupt:
-        print("adapt-pruner: interrupted; --resume goes on with an unfinished run", file=sys.stderr)
+        how = "the same command" if parsed.command == "apply" else "--resume"
+        print(f"adapt-pruner: interrupted; {how} goes on with an unfinished run", file=sys.stderr)
         return 130
     except (_WrongUsage, MissingSetting) as error:
         print(f"adapt-pruner: error: {error}; see adapt-pruner {parsed.command} --help", file=sys.stderr)
         return 2
-    except (ValueError, OSError, AssetError, BackendUnavailable) as error:
+    except (ValueError, OSError, AssetError, *_kernel_errors()) as error:
         if arguments.debug:
             raise
         print(f"adapt-pruner: error: {error}", file=sys.stderr)
@@ -157,6 +159,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print_result(Console())
     return status[0] if status else 0
+
+
+def _kernel_errors() -> tuple[type[Exception], ...]:
+    """What the kernels say of a backend, if they were imported: they import torch, and `apply` does not."""
+    kernels = sys.modules.get("adapt_pruner.kernels")
+    return () if kernels is None else (kernels.BackendUnavailable,)
 
 
 def _log_to_stderr() -> None:
@@ -235,9 +243,9 @@ def _prune(arguments: Namespace) -> Shown:
 
 
 def _apply(arguments: Namespace) -> Shown:
-    from adapt_pruner.inspection import summarize
+    from adapt_pruner.apply import apply_plan
+    from adapt_pruner.checkpoint import open_checkpoint
     from adapt_pruner.plan import PruningPlan
-    from adapt_pruner.surgery import apply_plan
 
     config = _config(ApplyConfig, arguments)
     output = apply_plan(
@@ -245,9 +253,22 @@ def _apply(arguments: Namespace) -> Shown:
         resolve_model(config.model),
         config.output,
         uncompensated=config.uncompensated,
+        max_shard_bytes=config.max_shard_bytes(),
     )
-    result = {"model_directory": str(output), "parameters": summarize(output).parameters}
+    result = {"model_directory": str(output), "parameters": open_checkpoint(output).num_parameters}
     return result, lambda console: console.print(f"wrote {output}: {result['parameters']:,} parameters")
+
+
+def _verify(arguments: Namespace) -> Shown:
+    from adapt_pruner.checkpoint import open_checkpoint
+    from adapt_pruner.shard_io import CHECKSUMS_NAME, verify_checksums
+
+    model = resolve_model(_config(VerifyConfig, arguments).model)
+    tensors = len(open_checkpoint(model).tensors)
+    checked = verify_checksums(model)
+    result = {"model_directory": str(model), "tensors": tensors, "tensors_checked": checked or 0}
+    found = f"there is no {CHECKSUMS_NAME}" if checked is None else f"{checked} agree with {CHECKSUMS_NAME}"
+    return result, lambda console: console.print(f"{model}: headers of {tensors} tensors are sound; {found}")
 
 
 def _recover(arguments: Namespace) -> Shown:
@@ -357,6 +378,7 @@ def _demo(arguments: Namespace) -> Shown:
 _RUN: dict[str, Callable[[Namespace], Shown]] = {
     "prune": _prune,
     "apply": _apply,
+    "verify": _verify,
     "recover": _recover,
     "accel": _accel,
     "evaluate": _evaluate,

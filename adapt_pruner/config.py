@@ -262,12 +262,41 @@ class ApplyConfig:
         output: model directory to create.
         uncompensated: replay a plan that was made with compensation all the same: the kept units with the
             weights of the original model.
+        max_shard_size: size of the files that the weights are spread over, such as 4GiB or 500MB.
     """
 
     plan: str
     model: str
     output: str
     uncompensated: bool = False
+    max_shard_size: str = "4GiB"
+
+    def __post_init__(self) -> None:
+        self.max_shard_bytes()
+
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` as a number.
+
+        Raises:
+            ValueError: it is no size.
+        """
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]+)\s*", self.max_shard_size, re.IGNORECASE)
+        unit = _BYTES.get(match[2].lower(), 0) if match else 0
+        fits = match is not None and match[1].count(".") < 2 and float(match[1]) * unit >= 1
+        require("max_shard_size", self.max_shard_size, "a size such as 500MB or 4GiB", fits)
+        assert match is not None
+        return int(float(match[1]) * unit)
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Settings of `verify`.
+
+    Args:
+        model: model or run directory, built-in name or name on the hub.
+    """
+
+    model: str
 
 
 @dataclass(frozen=True)

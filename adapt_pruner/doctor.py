@@ -7,10 +7,12 @@ from typing import Any
 from adapt_pruner import kernels
 from adapt_pruner.assets import cache_dir
 from adapt_pruner.run import environment
+from adapt_pruner.shard_io import native_problem
 
 
 def diagnose() -> dict[str, Any]:
-    """Versions and hardware, contents of the extension, backends (None: works; else why not), cache."""
+    """Versions and hardware, contents of the extension, backends and shard I/O (None: works; else why not),
+    cache."""
     try:
         extension: dict[str, Any] | str = kernels.build_info()
     except kernels.BackendUnavailable as error:
@@ -19,5 +21,6 @@ def diagnose() -> dict[str, Any]:
         **environment(),
         "extension": extension,
         "backends": kernels.backend_status(),
+        "shard_io": native_problem(),
         "cache": str(cache_dir()),
     }

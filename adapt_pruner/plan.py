@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adapt_pruner.checkpoint import write_text
-from adapt_pruner.families import Family, Granularity, LayerWidths, MlpGranularity
+from adapt_pruner.families import Family, Granularity, LayerWidths, MlpGranularity, UnitTensor
 
 FORMAT_VERSION = 1
 Indices = npt.NDArray[np.int64]
@@ -208,6 +208,42 @@ class PruningPlan:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def pruned_members(
+    keep_indices: Sequence[Mapping[str, Indices]],
+    family: Family,
+    base: Sequence[LayerWidths],
+    tensors: Mapping[str, Any],
+) -> dict[str, tuple[list[UnitTensor], Indices]]:
+    """Of each tensor that may lose rows or columns: what of it belongs to units, and which of these stay.
+
+    Args:
+        keep_indices: per layer and unit kind, as in a plan.
+        base: widths of the model before.
+        tensors: its tensors, or their headers, by name.
+    """
+    pruned: dict[str, tuple[list[UnitTensor], Indices]] = {}
+    for layer, (widths, keep) in enumerate(zip(base, keep_indices, strict=True)):
+        for kind in family.kinds_in(widths):
+            for member in family.unit_tensors(kind, layer, widths, tensors):
+                if kind.name != "expert" or member.expert is None:  # an expert goes with whole tensors
+                    pruned.setdefault(member.name, ([], keep[kind.name]))[0].append(member)
+    return pruned
+
+
+def within_expert(member: UnitTensor, shape: Sequence[int], keep: Indices) -> Indices:
+    """The kept units that lie in this member, numbered as in it.
+
+    Args:
+        shape: of the tensor that the member names.
+    """
+    if member.expert is None:
+        return keep
+    rows = member.matrix_shape(shape)[member.dim] if member.segment is None else member.segment.length
+    units = rows // member.group_size
+    numbers: Indices = keep - member.expert * units
+    return numbers[(numbers >= 0) & (numbers < units)]
 
 
 def _hash(payload: Mapping[str, Any]) -> str:

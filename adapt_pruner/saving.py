@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from adapt_pruner.checkpoint import INDEX_NAME, WEIGHTS_NAME, atomic_directory, copy_side_files, write_json
+from adapt_pruner.checkpoint import (
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    atomic_directory,
+    copy_side_files,
+    header_text,
+    write_json,
+)
 from adapt_pruner.sharding import named_tensors, together, world
 
 if TYPE_CHECKING:
@@ -155,11 +161,3 @@ def shared_directory(target: Path) -> Iterator[Path]:
             yield path[0]
         with together():
             stack.close()
-
-
-def header_text(header: Mapping[str, Any], length: int = 0) -> bytes:
-    """A safetensors header as its own writer has it, padded to `length` and to a multiple of 8 bytes."""
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text = text.ljust(max(length, -(-len(text) // 8) * 8))
-    assert length in (0, len(text)), f"the header has grown from {length} to {len(text)} bytes"
-    return text

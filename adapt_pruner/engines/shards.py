@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from adapt_pruner.checkpoint import Checkpoint, CheckpointError
 from adapt_pruner.families import Family, LayerWidths
 from adapt_pruner.modeling.conversion import pruned_config
-from adapt_pruner.plan import Indices
+from adapt_pruner.plan import Indices, pruned_members
 from adapt_pruner.sharding import named_tensors, own_rows, shard, sum_gradients, together
-from adapt_pruner.surgery import gather_members, pruned_members
+from adapt_pruner.surgery import gather_members
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import inspect
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from adapt_pruner.families import Family, add_family
+from adapt_pruner.modeling.pruned_config import CLASSES, Classes
 
 _AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 
@@ -35,6 +38,11 @@ def register_family(family: Family, config: Any, model: Any, causal_lm: Any) -> 
         ValueError: one of its model types is known already.
     """
     add_family(family)
+    CLASSES[config.model_type.removeprefix("adapt_")] = Classes(
+        next(c.__name__ for c in causal_lm.__mro__ if c.__module__.startswith("transformers.")),
+        config.__name__.removesuffix("Config"),
+        Path(inspect.getfile(config)),
+    )
     _register_classes(config, model, causal_lm)
 
 

@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 
 from adapt_pruner.checkpoint import open_checkpoint
 from adapt_pruner.families import find_family, layer_widths
-from adapt_pruner.plan import PruningPlan
+from adapt_pruner.plan import PruningPlan, pruned_members
 from adapt_pruner.recovery.training_state import STATE_NAME, dcp_errors, state_name
 from adapt_pruner.sharding import named_tensors
-from adapt_pruner.surgery import gather_members, pruned_members
+from adapt_pruner.surgery import gather_members
 
 Surgery = Callable[[str, Tensor], Tensor]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from adapt_pruner.checkpoint import read_header, write_json
-from adapt_pruner.saving import header_text, shared_directory
+from adapt_pruner.checkpoint import header_text, read_header, write_json
+from adapt_pruner.saving import shared_directory
 from adapt_pruner.sharding import named_tensors, world
 
 if TYPE_CHECKING:

@@ -397,6 +397,8 @@ def show_doctor(console: Console, found: dict[str, Any]) -> None:
         table.add_row("extension", f"[red]{extension}[/red]")
     else:
         table.add_row("extension", ", ".join(f"{key} {value}" for key, value in extension.items()))
+    problem = found["shard_io"]
+    table.add_row("native shard I/O", "works" if problem is None else f"not usable: {problem}")
     table.add_section()
     for backend, reason in found["backends"].items():
         table.add_row(f"backend {backend}", "works" if reason is None else f"not usable: {reason}")

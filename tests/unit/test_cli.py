@@ -22,6 +22,7 @@ from adapt_pruner.config import (
     EvaluateConfig,
     InspectConfig,
     PruneConfig,
+    VerifyConfig,
 )
 from adapt_pruner.methods import resolve
 from adapt_pruner.plan import PruningPlan
@@ -380,6 +381,7 @@ def test_warnings_are_one_line_on_stderr(command, monkeypatch, tiny_models):
     [
         ("prune", PruneConfig),
         ("apply", ApplyConfig),
+        ("verify", VerifyConfig),
         ("evaluate", EvaluateConfig),
         ("compare", CompareConfig),
         ("inspect", InspectConfig),

@@ -13,13 +13,13 @@ from tiny import FAMILIES, SPARSE_FAMILIES, VOCABULARY, make_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
+from adapt_pruner.apply import apply_plan
 from adapt_pruner.checkpoint import config_hash, open_checkpoint
 from adapt_pruner.config import InspectConfig
 from adapt_pruner.engines.in_memory import load_model
 from adapt_pruner.families import find_family
 from adapt_pruner.inspection import attended_tokens, inspect_model, ratios, summarize
 from adapt_pruner.plan import PruningPlan
-from adapt_pruner.surgery import apply_plan
 
 KEEP = [([0, 2, 3], 60), ([1], 7), ([0, 1, 2, 3], 88), ([0, 3], 33)]  # kv_groups, channels
 

@@ -105,8 +105,11 @@ def test_the_result_is_a_llama(checkpoint, calibration_file, tmp_path, target, n
     with safe_open(result.model_directory / "model.safetensors", "pt") as file:
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118
     applied = apply_plan(result.plan, checkpoint, tmp_path / "applied")
-    for file in ("model.safetensors", "config.json"):
-        assert (applied / file).read_bytes() == (result.model_directory / file).read_bytes()
+    weights = [d / "model.safetensors" for d in (applied, result.model_directory)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    ours, theirs = (AutoConfig.from_pretrained(d).to_dict() for d in (applied, result.model_directory))
+    assert ours | {"_name_or_path": ""} == theirs | {"_name_or_path": ""}
+    assert not {"share_embedding", "layer_sharing"} & set(json.loads((applied / "config.json").read_text()))
     assert model.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape == (2, 21)
     evaluated = evaluate(
         EvaluateConfig(
