@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig
@@ -60,6 +61,11 @@ class ShardedEngine:
         self._backend = backend
         self.model = read_model(checkpoint, self.widths, make_mesh(target.type), DTYPES.get(dtype))
         self._config = AutoConfig.from_pretrained(checkpoint.directory)
+        self.measured: dict[str, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
     @property
     def num_parameters(self) -> int:

@@ -103,6 +103,17 @@ def _with_architecture(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal LM in evaluation mode whose parameters have no memory; buffers, such as rotary frequencies, are
+    there."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    return model.eval()
+
+
 def convert_pruned_model(model: PreTrainedModel, widths: Sequence[LayerWidths]) -> PreTrainedModel:
     """The same weights in the class that describes the widths; no weight is copied.
 
