@@ -81,14 +81,9 @@ class TensorReader:
         """Consecutive elements of a tensor: [numel], in the dtype of the file."""
         size = DTYPE_BYTES[info.dtype]
         tensor = torch.empty(numel, dtype=TORCH_DTYPES[info.dtype])
-        left = memoryview(tensor.view(torch.uint8).numpy())
-        offset = info.start + first * size
         with info.shard.open("rb", buffering=0) as file:
-            while left:
-                count = os.preadv(file.fileno(), [left], offset)
-                if count == 0:
-                    raise CheckpointError(f"{info.shard}: ends at byte {offset}, within a tensor")
-                left, offset = left[count:], offset + count
+            if not read_into(tensor, file.fileno(), info.start + first * size):
+                raise CheckpointError(f"{info.shard}: ends within a tensor that its header has")
         with self._lock:
             self.bytes_read += numel * size
         return tensor
@@ -100,9 +95,29 @@ class TensorReader:
         if not torch.stack(tensor.aminmax()).isfinite().all():
             count = int((~tensor.isfinite()).sum())
             raise CheckpointError(
-                f"{self._checkpoint.directory}: {count} of {tensor.numel()} values of {name} are NaN or infinite"
+                f"{self._checkpoint.directory}: {count} of {tensor.numel()} values of {name} are NaN or "
+                "infinite"
             )
         self._finite.add(name)
+
+
+def read_into(tensor: Tensor, file: int, offset: int) -> bool:
+    """Fills a contiguous tensor in host memory from a file; false if that ends before."""
+    left = tensor.flatten().view(torch.uint8).numpy().data
+    while left:
+        count = os.preadv(file, [left], offset)
+        if count == 0:
+            return False
+        left, offset = left[count:], offset + count
+    return True
+
+
+def write_from(tensor: Tensor, file: int, offset: int) -> None:
+    """Writes a contiguous tensor in host memory to a file."""
+    left = tensor.flatten().view(torch.uint8).numpy().data
+    while left:
+        count = os.pwritev(file, [left], offset)
+        left, offset = left[count:], offset + count
 
 
 def require_fit(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) -> None:

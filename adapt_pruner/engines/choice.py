@@ -80,7 +80,7 @@ def choose_engine(
 def in_memory_bytes(
     config: PruneConfig, estimator: Estimator | None, checkpoint: Checkpoint, family: Family
 ) -> int:
-    """About what scoring a whole model takes: weights, gradients, activations of a micro-batch and its logits.
+    """About what scoring a whole model takes: weights, gradients, a micro-batch's activations and logits.
 
     From headers alone; of activations, what the backward pass of stock layers keeps.
     """

@@ -39,8 +39,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can still be had: of the CUDA device, or of the host without swapping, within the limit of the
-    control group."""
+    """Bytes that can still be had: of the CUDA device, or of the host without swapping.
+
+    The limit of the control group counts where it is lower.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = Path("/proc/meminfo").read_text(encoding="utf-8").partition("MemAvailable:")[2]

@@ -104,8 +104,7 @@ def _with_architecture(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal LM in evaluation mode whose parameters have no memory; buffers, such as rotary frequencies, are
-    there."""
+    """A causal LM in evaluation mode whose parameters have no memory; its buffers have theirs."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):

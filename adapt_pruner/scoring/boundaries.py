@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from adapt_pruner.tensor_reader import read_into, write_from
+
 
 class Boundaries:
     """Tensors of one shape, in memory as far as a budget allows and the others in a file.
@@ -49,13 +51,9 @@ class Boundaries:
             return self._tensors[index][rows.start : rows.stop].to(self._device)
         assert self._file is not None
         value = torch.empty(len(rows), *self._shape[1:], dtype=self._dtype)
-        left, offset = memoryview(value.flatten().view(torch.uint8).numpy()), self._offset(index, rows)
-        self.bytes_moved += len(left)
-        while left:
-            count = os.preadv(self._file, [left], offset)
-            if count == 0:
-                raise OSError(f"the file of activations ends at byte {offset}")
-            left, offset = left[count:], offset + count
+        complete = read_into(value, self._file, self._offset(index, rows))
+        assert complete, "rows are written before they are read"
+        self.bytes_moved += value.nbytes
         return value.to(self._device)
 
     def write(self, index: int, rows: range, value: Tensor) -> None:
@@ -68,12 +66,9 @@ class Boundaries:
             self._tensors[index][rows.start : rows.stop].copy_(value)
             return
         assert self._file is not None
-        data = value.to("cpu", self._dtype).contiguous().flatten().view(torch.uint8).numpy()
-        left, offset = memoryview(data), self._offset(index, rows)
-        self.bytes_moved += len(left)
-        while left:
-            count = os.pwritev(self._file, [left], offset)
-            left, offset = left[count:], offset + count
+        value = value.to("cpu", self._dtype).contiguous()
+        write_from(value, self._file, self._offset(index, rows))
+        self.bytes_moved += value.nbytes
 
     def _offset(self, index: int, rows: range) -> int:
         return (index - self.in_memory) * self._bytes + rows.start * (self._bytes // self._shape[0])

@@ -104,7 +104,7 @@ class LayerwiseModel:
             for start in range(0, len(batch), size):
                 rows = range(start, min(start + size, len(batch)))
                 seen: list[tuple[Tensor, dict[str, Any]]] = []
-                with self._bypassed(lambda hidden, more, seen=seen: seen.append((hidden, more))):
+                with self._bypassed(seen):
                     self._base(input_ids=tokens[rows.start : rows.stop].to(self.device), use_cache=False)
                 arguments.setdefault(len(rows), [more for _, more in seen])
                 yield rows, seen[0][0], arguments[len(rows)]
@@ -160,7 +160,7 @@ class LayerwiseModel:
                 part = slice(row, row + rows), slice(column, min(column + columns, positions))
                 chunk = hidden[part].detach().requires_grad_(with_gradient)
                 targets = sequences[:, 1:][part].contiguous()
-                with self._bypassed(lambda hidden, more: None), torch.set_grad_enabled(with_gradient):
+                with self._bypassed([]), torch.set_grad_enabled(with_gradient):
                     loss = self.skeleton(
                         inputs_embeds=chunk,
                         labels=targets,
@@ -178,11 +178,11 @@ class LayerwiseModel:
         return {name: self._read(f"{prefix}.{name}") for name, _ in self.layers[layer].named_parameters()}
 
     @contextlib.contextmanager
-    def _bypassed(self, saw: Callable[[Tensor, dict[str, Any]], Any]) -> Iterator[None]:
-        """Every layer gives back what it gets, and tells it together with its other arguments."""
+    def _bypassed(self, seen: list[tuple[Tensor, dict[str, Any]]]) -> Iterator[None]:
+        """Every layer gives back what it gets, and adds it to `seen` together with its other arguments."""
 
         def forward(hidden_states: Tensor, **more: Any) -> Tensor:
-            saw(hidden_states, more)
+            seen.append((hidden_states, more))
             return hidden_states
 
         for layer in self.layers:

@@ -1,8 +1,8 @@
 """Importance of units and layers with one decoder layer's weights and gradients in memory at a time.
 
-A forward sweep over the layers takes the whole calibration batch through each, keeps what goes in, and has the
-layer importance; a backward sweep runs each layer again, from the last one on, with the gradient of the loss
-with respect to what came out. The sums are those of `score`, which has the whole model.
+A forward sweep over the layers takes the whole calibration batch through each, keeps what goes in, and has
+the layer importance; a backward sweep runs each layer again, from the last one on, with the gradient of the
+loss with respect to what came out. The sums are those of `score`, which has the whole model.
 """
 
 from __future__ import annotations
@@ -42,8 +42,11 @@ class Sweeps:
 
 
 def streamable(estimator: Estimator) -> bool:
-    """Whether an estimator looks at one layer at a time: at the gradients of the loss of the text, at inputs, or
-    at weights alone."""
+    """Whether an estimator looks at one layer at a time: gradients of the loss of the text, inputs, weights.
+
+    Labels that are drawn and second moments are not followed layer by layer, and random numbers go on from
+    one layer to the next.
+    """
     return not (estimator.grams or estimator.drawn_labels or estimator is RANDOM)
 
 
@@ -225,7 +228,7 @@ def _backward(
     arguments: Mapping[range, list[dict[str, Any]]],
     scored: _Layer,
 ) -> list[Tensor]:
-    """Scores of the sets of a layer; the gradient of what goes in takes its place, but for the first layer."""
+    """Scores of the sets of a layer; the gradient of what goes in takes the place of that."""
     with scored.observing(model.skeleton, model.parameters(layer)) as importance:
         for rows, of_layers in arguments.items():
             hidden = boundaries.read(layer, rows).detach().requires_grad_(layer > 0)
