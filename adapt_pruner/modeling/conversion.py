@@ -106,8 +106,9 @@ def _with_architecture(config: PreTrainedConfig) -> PreTrainedConfig:
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """A causal LM in evaluation mode whose parameters have no memory; its buffers have theirs."""
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     return model.eval()
