@@ -1,14 +1,15 @@
-"""Memory and time of the streaming engine: generated Llama-shaped models that differ in their layers alone, and
-one of the size of Llama 3.1 8B.
+"""Memory and time of the streaming engine, on random models in the shape of Llama.
+
+Several that differ in their number of layers alone, or one of the size of Llama 3.1 8B:
 
     python benchmarks/streaming.py --layers 12,24,48 [--hidden 1024] [--page docs/results-streaming.md]
     python benchmarks/streaming.py --shape llama-3.1-8b [--page docs/results-streaming.md]
 
-Each model is generated layer by layer with random weights, pruned in one iteration by a process of its own and,
-with --shape, its plan is applied to the checkpoint by another one. Memory is the peak of resident memory above
-what the process has after it has pruned a model of two small layers, which imports and starts everything; it
-stands beside the bound: twice the largest layer's weights, its gradients in fp32, a chunk of the head, the
-activations that a layer's backward pass keeps of a micro-batch, and the budget for what goes into the layers.
+Each is generated layer by layer with random weights, pruned in one iteration by a process of its own and,
+with --shape, its plan is applied to the checkpoint by another one. Memory is the peak of what is resident above
+that of the process once it has pruned a model of two small layers, which imports and starts everything. It
+stands beside the bound: twice the largest layer's weights, its gradients in fp32, a chunk of the head, what a
+layer's backward pass keeps of a micro-batch's activations, and the budget for what goes into the layers.
 """
 
 from __future__ import annotations
@@ -146,6 +147,7 @@ def prune_one(options: argparse.Namespace) -> dict[str, Any]:
             str(model),
             options.target,
             str(output),
+            target_of="non-embedding",
             iterations=1,
             engine="streaming",
             memory=options.memory,
@@ -260,10 +262,11 @@ def write_page(path: Path, results: dict[str, Any]) -> None:
     lines = [
         "# The streaming engine: memory and time",
         "",
-        "Written by `benchmarks/streaming.py`: models with random weights in the shape of Llama, pruned by one",
-        "iteration of Adapt-Pruner with one decoder layer in memory at a time. The peak is resident memory above what",
-        "the process has after imports. The bound is twice the largest layer's weights, its gradients in fp32, a chunk",
-        "of the head, one micro-batch's activations in a layer, and the budget (`--memory`).",
+        "Written by `benchmarks/streaming.py`: models with random weights in the shape of Llama, pruned by",
+        "one iteration of Adapt-Pruner with one decoder layer in memory at a time. The peak is resident",
+        "memory above what the process has after imports. The bound is twice the largest layer's weights,",
+        "its gradients (in fp32 where there are micro-batches), a chunk of the head, one micro-batch's",
+        "activations in a layer, and the budget (`--memory`).",
         "",
     ]
     columns = ("layers", "on disk", "peak MB", "bound MB", "ratio", "seconds", "ms per layer", "read GB")
@@ -293,15 +296,15 @@ def write_page(path: Path, results: dict[str, Any]) -> None:
             lines += [
                 "",
                 f"{row['layers']} layers: {shares} of the time of scoring; {row['boundaries_on_disk']} of "
-                f"{row['layers'] + 1} boundaries on disk, {row['boundary_bytes_moved'] / 1e9:.2f} GB moved; the whole "
-                f"run with saving took {row['seconds']:.0f} s.",
+                f"{row['layers'] + 1} boundaries on disk, {row['boundary_bytes_moved'] / 1e9:.2f} GB moved; "
+                f"the whole run with saving took {row['seconds']:.0f} s.",
             ]
             if "apply" in row:
                 applied = row["apply"]
                 lines += [
                     "",
-                    f"`apply` wrote {applied['bytes_written'] / 1e9:.1f} GB in {applied['seconds']:.0f} s with a peak "
-                    f"of {applied['process_peak_bytes'] / 1e9:.2f} GB.",
+                    f"`apply` wrote {applied['bytes_written'] / 1e9:.1f} GB in {applied['seconds']:.0f} s; "
+                    f"its process took {applied['process_peak_bytes'] / 1e9:.2f} GB at most.",
                 ]
         lines.append("")
     path.write_text("\n".join(lines))
