@@ -6,7 +6,7 @@ Several that differ in their number of layers alone, or one of the size of Llama
     python benchmarks/streaming.py --shape llama-3.1-8b [--page docs/results-streaming.md]
 
 Each is generated layer by layer with random weights, pruned in one iteration by a process of its own and,
-with --shape, its plan is applied to the checkpoint by another one. Memory is the peak of what is resident above
+with --shape, its plan is applied to the checkpoint by another. Memory is the peak of what is resident above
 that of the process once it has pruned a model of two small layers, which imports and starts everything. It
 stands beside the bound: twice the largest layer's weights, its gradients in fp32, a chunk of the head, what a
 layer's backward pass keeps of a micro-batch's activations, and the budget for what goes into the layers.
