@@ -91,6 +91,11 @@ class PruneConfig:
             scores up to rounding.
         pack: join calibration documents instead of drawing from long enough ones.
         seed: of the calibration draws.
+        engine: where the weights are: all of them in-memory, one decoder layer's at a time (streaming: from
+            the files of the checkpoint, for models larger than memory), or shared by the processes that
+            torchrun has started (sharded); auto is in-memory where that fits.
+        memory: of the engine streaming: memory for what goes into each layer, such as 8GB; the rest goes to
+            a file beside the run directory. Half of what is available if not given.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: dtype to score and save in; "auto" keeps that of the checkpoint.
         backend: kernels to use.
@@ -134,6 +139,8 @@ class PruneConfig:
     gradients: Literal["auto", "fused", "materialised"] = "auto"
     pack: bool = False
     seed: int = 0
+    engine: Literal["auto", "in-memory", "streaming", "sharded"] = "auto"
+    memory: str | None = None
     device: str = "auto"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = "auto"
@@ -167,6 +174,8 @@ class PruneConfig:
         )
         require("ridge", self.ridge, "finite, above 0", 0 < self.ridge < math.inf)
         require_choices(self)
+        if self.memory is not None:
+            parse_bytes("memory", self.memory)
         if self.gradients == "fused" and self.num_sequences is not None:
             size = self.micro_batch_size
             expected = f"at least {self.num_sequences} (num_sequences), or gradients other than 'fused'"
@@ -218,6 +227,22 @@ def parse_amount(name: str, value: float | str) -> float | int:
     if amount > 1 and math.isfinite(amount) and whole:
         return round(amount)
     raise ValueError(f"{name} is {value!r}, expected a fraction in (0, 1] or {example}")
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """A size such as 8GB, 512MiB or a number of bytes.
+
+    Raises:
+        ValueError: it is none, or below one byte.
+    """
+    match = re.fullmatch(r"([0-9.]+)\s*([a-z]*)", str(value).strip().replace("_", ""), re.IGNORECASE)
+    unit = match[2].lower() if match else ""
+    try:
+        amount = float(match[1]) * _BYTES[unit or "b"] if match else math.nan
+    except (ValueError, KeyError):
+        amount = math.nan
+    require(name, value, "a size such as 8GB or 512MiB", amount >= 1)
+    return round(amount)
 
 
 def parse_count(name: str, value: int | str) -> int:

@@ -145,6 +145,8 @@ def iterate(
         ],
         "seconds": dict(zip(("score", "allocate", "surgery"), np.diff(clock).round(4).tolist(), strict=True)),
     }
+    if engine.measured:
+        record["engine"] = engine.measured
     if search is not None:
         record["search"] = dataclasses.asdict(search)
     carried = scores.kept(engine.model, engine.family, widths, keep) if carry_over else None

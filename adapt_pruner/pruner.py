@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +24,10 @@ from adapt_pruner.checkpoint import (
     require_free_space,
     write_json,
 )
-from adapt_pruner.config import PruneConfig
+from adapt_pruner.config import PruneConfig, parse_bytes
 from adapt_pruner.data import TokenizedDocuments
 from adapt_pruner.engines import Engine, InMemoryEngine
+from adapt_pruner.engines.choice import Choice, choose_engine, require_engine
 from adapt_pruner.engines.device import deterministic, peak_memory, resolve_device
 from adapt_pruner.families import Family, find_family, layer_widths, unit_counts
 from adapt_pruner.iteration import iterate
@@ -39,6 +41,8 @@ from adapt_pruner.run import FollowedRun, RunDirectory
 from adapt_pruner.run_budget import added_parameters, header_budget, resolve_target, restricted, saved_bytes
 from adapt_pruner.scoring import Estimator, Scores
 from adapt_pruner.sharding import join_processes, together, world
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,10 +125,7 @@ def set_up(
     family = family.with_granularity(granularity, config.mlp_granularity)
     if estimator is not None and any(layer.num_experts for layer in widths):
         require_experts_supported(config, estimator)
-    if world().size > 1:
-        from adapt_pruner.engines.sharded import require_supported
-
-        require_supported(config, estimator, widths)
+    require_engine(config, estimator, widths)
     budget, embeddings = header_budget(checkpoint, family)
     if progress is not None:
         budget = dataclasses.replace(budget, initial=progress.initial)
@@ -173,6 +174,8 @@ def prune(
 
         if processes > 1:
             raise ValueError(f"method is {method.name!r}, which one process prunes with: found {processes}")
+        if config.engine not in ("auto", "in-memory"):
+            raise ValueError(f"engine is {config.engine!r}, expected 'in-memory' for method {method.name!r}")
         return prune_dimensions(config, method, checkpoint, on_iteration)
     setup = set_up(config, method, checkpoint, progress)
     config, estimator, family = setup.config, setup.estimator, setup.family
@@ -187,31 +190,49 @@ def prune(
     resolve_device(config.device)
     require_free_space(output, saved_bytes(config, estimator, checkpoint, family, target))
     tokens = calibration_tokens(config, checkpoint)
-    engine = _engine(config, checkpoint, output_biases=config.compensation == "bias" and removes)
+    state = RunDirectory(output).load_state()
+    choice = choose_engine(
+        config, estimator, checkpoint, family, before=state.get("engine") if state else None
+    )
+    if config.engine == "auto":
+        logger.info("engine %s: %s", *choice)
+    engine = _engine(
+        config, checkpoint, choice.engine, output_biases=config.compensation == "bias" and removes
+    )
     latency = None
     if config.target_latency is not None:
         assert isinstance(engine, InMemoryEngine)
-        state = RunDirectory(output).load_state()
         latency = Latency(config, engine, budget, state["latency"] if state else None)
     run: RunDirectory = FollowedRun(output)
     with together():
         if world().rank == 0:
             run = RunDirectory.open(output, config, resume=config.resume)
     try:
-        _prune(setup, run, engine, tokens, resources, latency, progress, on_iteration)
+        _prune(setup, run, engine, choice, tokens, resources, latency, progress, on_iteration)
         return _result(run)
     finally:
         run.close()
 
 
-def _engine(config: PruneConfig, checkpoint: Checkpoint, *, output_biases: bool) -> Engine:
-    """The model, in this process or shared out over all there are."""
+def _engine(config: PruneConfig, checkpoint: Checkpoint, name: str, *, output_biases: bool) -> Engine:
+    """The model, in this process, layer by layer in its files, or shared out over all processes."""
     granularity = config.granularity or "kv_group"
     where: dict[str, Any] = {"device": config.device, "dtype": config.dtype, "backend": config.backend}
-    if world().size > 1:
+    if name == "sharded":
         from adapt_pruner.engines.sharded import ShardedEngine
 
         return ShardedEngine(checkpoint, granularity=granularity, **where)
+    if name == "streaming":
+        from adapt_pruner.engines.streaming import StreamingEngine
+
+        output = Path(config.output)
+        return StreamingEngine(
+            checkpoint,
+            directory=next(p for p in (output, *output.absolute().parents) if p.is_dir()),
+            memory=None if config.memory is None else parse_bytes("memory", config.memory),
+            granularity=granularity,
+            **where,
+        )
     return InMemoryEngine(
         checkpoint,
         granularity=granularity,
@@ -225,6 +246,7 @@ def _prune(
     setup: Setup,
     run: RunDirectory,
     engine: Engine,
+    choice: Choice,
     tokens: TokenizedDocuments,
     resources: tuple[Resource, ...],
     latency: Latency | None,
@@ -261,14 +283,16 @@ def _prune(
             engine.keep_layers(plan.kept_layers)
             engine.load_tensors({name: tensors[name] for name in _column_tensors(config, engine)})
         if config.carry_over:
-            earlier = Scores.from_tensors(tensors, engine.model.device)
+            earlier = Scores.from_tensors(tensors, engine.device)
     run.log(
         "resumed" if state else "started",
         iteration=iteration,
         parameters=engine.num_parameters,
+        engine=choice.engine,
+        engine_because=choice.reason,
         **({"processes": world().size} if world().size > 1 else {}),
     )
-    with deterministic(engine.model.device):
+    with deterministic(engine.device):
         while True:
             now = None
             if estimator is not None:
@@ -311,7 +335,7 @@ def _prune(
                         for old, new in zip(plan.keep_indices, keep, strict=True)
                     ),
                 )
-            state = {"sparsity": sparsity.tolist(), "plan": plan.to_json()}
+            state = {"sparsity": sparsity.tolist(), "plan": plan.to_json(), "engine": choice.engine}
             run.save_iteration(
                 iteration,
                 record,
@@ -357,7 +381,7 @@ def _column_tensors(config: PruneConfig, engine: Engine) -> dict[str, torch.Tens
 def _plan_settings(config: PruneConfig) -> dict[str, Any]:
     """What decided the plan; where it was written and on what it ran is not part of it."""
     settings = dataclasses.asdict(config)
-    for key in ("output", "resume", "device", "backend", "gradients"):
+    for key in ("output", "resume", "device", "backend", "gradients", "engine", "memory"):
         del settings[key]
     return settings
 
@@ -386,7 +410,7 @@ def _metrics(
         "calibration_tokens": len(records) * config.num_sequences * config.sequence_length,
         "calibration_loss": [record["loss"] for record in records],
         "seconds": round(sum(sum(record["seconds"].values()) for record in records), 3),
-        "peak_memory_bytes": peak_memory(engine.model.device),
+        "peak_memory_bytes": peak_memory(engine.device),
     }
 
 

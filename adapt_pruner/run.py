@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Settings that do not change the result, so a resumed run may have others; "recover.x" is x in that mapping.
-FREE_TO_CHANGE = ("output", "resume")
+FREE_TO_CHANGE = ("output", "resume", "memory")
 
 
 class RunDirectory:

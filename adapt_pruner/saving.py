@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ def save_model(
     *,
     dtype: torch.dtype | None = None,
     side_files: Path | None = None,
+    read: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Writes a model that may be sharded as an ordinary checkpoint; no rank holds more than one whole tensor.
 
@@ -47,6 +48,7 @@ def save_model(
         model: of the class that its config names, as `convert_pruned_model` gives for a pruned one.
         dtype: of the saved weights; None keeps theirs, which is fp32 under mixed precision.
         side_files: a model directory whose tokenizer files are copied.
+        read: gives a tensor of the model by its name, if they have no memory in it.
     Raises:
         ValueError: the tensors are not those of the model's config, or `dtype` cannot be saved.
         FileExistsError: `directory` is not empty. OSError: it could not be written.
@@ -64,7 +66,7 @@ def save_model(
     if different := sorted(expected.items() ^ {(name, tuple(t.shape)) for name, t in tensors.items()}):
         raise ValueError(f"the model's tensors are not those of its config: {different[:6]}")
     with shared_directory(Path(directory)) as partial:
-        whole = _whole_tensors(tensors.values())
+        whole = _whole_tensors(tensors.values()) if read is None else map(read, tensors)
         try:
             if world().rank == 0:
                 twin.save_pretrained(partial, state_dict={})  # everything but the weights
@@ -72,7 +74,7 @@ def save_model(
                     copy_side_files(side_files, partial)
                 _write_weights(partial, twin, whole)
         finally:
-            for _ in whole:  # every rank takes part in every tensor, also when rank 0 cannot write it
+            for _ in whole if read is None else ():  # every rank takes part in every tensor, whatever fails
                 pass
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from adapt_pruner.engines.in_memory import InMemoryEngine, load_model
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -23,12 +24,19 @@ class Engine(Protocol):
     """What the pruning loop needs of every engine; what only one of them has, it asks that one for.
 
     Methods are described where they are implemented: `InMemoryEngine` has them with all their settings.
+    `measured` is what the record of an iteration has about the engine.
     """
 
     checkpoint: Checkpoint
     family: Family
     widths: tuple[LayerWidths, ...]
-    model: PreTrainedModel
+    measured: dict[str, Any]
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     @property
     def num_parameters(self) -> int: ...

@@ -38,6 +38,30 @@ def peak_memory(device: torch.device) -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be had: of the CUDA device, or of the host without swapping.
+
+    The limit of the control group counts where it is lower.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = Path("/proc/meminfo").read_text(encoding="utf-8").partition("MemAvailable:")[2]
+    free = int(found.split()[0]) * 1024
+    for limit, used in _CGROUP_FILES:
+        if limit.exists() and (value := limit.read_text().strip()).isdigit():
+            free = min(free, int(value) - int(used.read_text()))
+    return max(0, free)
+
+
+_CGROUP_FILES = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
+
+
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
     """The same bits from run to run; on the CPU that is so already for one number of threads."""

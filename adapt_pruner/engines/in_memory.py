@@ -118,8 +118,13 @@ class InMemoryEngine:
         choose_backend(backend, resolve_device(device))  # fails before the weights are read
         self.model = load_model(checkpoint, device=device, dtype=dtype)
         self._backend, self._output_biases = backend, output_biases
+        self.measured: dict[str, Any] = {}
         if output_biases:
             add_output_biases(self.model, self.family, self.widths)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
     @property
     def num_parameters(self) -> int:

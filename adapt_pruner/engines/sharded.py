@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig
@@ -65,6 +66,11 @@ class ShardedEngine:
         config = pruned_config(self._config, self.widths)  # of the class that a pruned model has
         self.model = read_model(checkpoint, config, make_mesh(target.type), DTYPES.get(dtype))
         sum_gradients(self.model)
+        self.measured: dict[str, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
     @property
     def num_parameters(self) -> int:

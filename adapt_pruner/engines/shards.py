@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from adapt_pruner.checkpoint import Checkpoint, CheckpointError
 from adapt_pruner.families import Family, LayerWidths
-from adapt_pruner.modeling.conversion import pruned_config
+from adapt_pruner.modeling.conversion import empty_model, pruned_config
 from adapt_pruner.plan import Indices, pruned_members
 from adapt_pruner.sharding import named_tensors, own_rows, shard, sum_gradients, together
 from adapt_pruner.surgery import gather_members
+from adapt_pruner.tensor_reader import require_fit
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -58,7 +58,7 @@ def read_model(
     if (checkpoint.directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
     weights = named_tensors(model)
-    _require_fit(checkpoint, weights)
+    require_fit(checkpoint, {name: tuple(weight.shape) for name, weight in weights.items()})
     wrong = []
     with together():
         for name, weight in weights.items():
@@ -134,10 +134,7 @@ def _empty_model(
     mixed_precision: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """A sharded model whose weights have no memory yet; buffers, such as rotary frequencies, are there."""
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
-    return shard(model.eval(), mesh, mixed_precision=mixed_precision)
+    return shard(empty_model(config, dtype), mesh, mixed_precision=mixed_precision)
 
 
 def _put(model: PreTrainedModel, name: str, value: Tensor) -> None:
@@ -150,17 +147,3 @@ def _read(checkpoint: Checkpoint, name: str, rows: range) -> Tensor:
     with safe_open(checkpoint.tensors[name].shard, framework="pt") as file:
         part: Tensor = file.get_slice(name)[rows.start : rows.stop]
     return part
-
-
-def _require_fit(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError unless the checkpoint has these weights."""
-    missing = sorted(weights.keys() - checkpoint.tensors.keys())
-    mismatched = [
-        f"{name}: {checkpoint.tensors[name].shape}, expected {tuple(weight.shape)}"
-        for name, weight in weights.items()
-        if name not in missing and checkpoint.tensors[name].shape != weight.shape
-    ]
-    if missing or mismatched:
-        problems = {"missing_keys": missing, "mismatched_keys": mismatched}
-        found = {what: names for what, names in problems.items() if names}
-        raise CheckpointError(f"{checkpoint.directory}: tensors do not fit the config: {found}")

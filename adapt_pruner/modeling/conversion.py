@@ -37,6 +37,17 @@ def keep_config_layers(config: PreTrainedConfig, kept: Sequence[int]) -> None:
             setattr(config, key, value)
 
 
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal LM in evaluation mode whose parameters have no memory; its buffers have theirs."""
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    return model.eval()
+
+
 def convert_pruned_model(model: PreTrainedModel, widths: Sequence[LayerWidths]) -> PreTrainedModel:
     """The same weights in the class that describes the widths; no weight is copied.
 

@@ -166,7 +166,7 @@ def score(
         fisher = estimator.grams and estimator.loss is not None
         collecting = InputGrams(model, family, widths, gradients=fisher)
     averaging = InputMeans(model, family, widths, backend) if means else None
-    scoring = _scoring(
+    scoring = observing(
         estimator,
         Subject(
             model,
@@ -253,10 +253,14 @@ def plan_crediting(
     )
 
 
-def _scoring(
+def observing(
     estimator: Estimator, subject: Subject, batch: Tensor, micro_batch_size: int, gradients: Gradients
 ) -> contextlib.AbstractContextManager[Importance]:
-    """The context of an estimator."""
+    """The context of an estimator, to run the passes of a batch in.
+
+    Raises:
+        ValueError: `gradients` is "fused", and this estimator, model or batch cannot be.
+    """
     if not estimator.fusible:
         if gradients == "fused":
             raise ValueError(f"gradients is 'fused': the estimator {estimator.name} cannot be scored so")

@@ -1,0 +1,120 @@
+"""Which engine a run takes: by the settings, the number of processes and the memory there is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from adapt_pruner.checkpoint import DTYPE_BYTES, Checkpoint
+from adapt_pruner.config import PruneConfig
+from adapt_pruner.engines.device import available_memory, resolve_device
+from adapt_pruner.engines.in_memory import DTYPES
+from adapt_pruner.engines.streaming import streaming_problem
+from adapt_pruner.families import Family, LayerWidths, layer_widths
+from adapt_pruner.scoring.estimators import Estimator
+from adapt_pruner.sharding import world
+
+
+class Choice(NamedTuple):
+    """An engine, "in-memory", "streaming" or "sharded", and why it is the one, in a few words."""
+
+    engine: str
+    reason: str
+
+
+def require_engine(config: PruneConfig, estimator: Estimator | None, widths: Sequence[LayerWidths]) -> None:
+    """That the engine which the settings name can prune the model with them; no memory is looked at.
+
+    Args:
+        config: resolved.
+        widths: of the model.
+    Raises:
+        ValueError: it cannot; the message names the setting and what can.
+    """
+    processes = world().size
+    if processes > 1:
+        from adapt_pruner.engines.sharded import require_supported
+
+        if config.engine in ("in-memory", "streaming"):
+            raise ValueError(f"engine is {config.engine!r}, which one process has: found {processes}")
+        require_supported(config, estimator, widths)
+    elif config.engine == "sharded":
+        raise ValueError("engine is 'sharded', which several processes share: start them by torchrun")
+    elif config.engine == "streaming":
+        problem = streaming_problem(config, estimator, widths)
+        if problem is not None:
+            raise ValueError(f"{problem}, where engine is 'streaming'")
+
+
+def choose_engine(
+    config: PruneConfig,
+    estimator: Estimator | None,
+    checkpoint: Checkpoint,
+    family: Family,
+    *,
+    before: str | None = None,
+) -> Choice:
+    """The engine of a run; "auto" takes what fits, and in memory wherever that is.
+
+    Args:
+        config: resolved, of an engine that `require_engine` lets pass.
+        before: the engine that a run had which goes on: it keeps it, whatever memory there is now.
+    """
+    if world().size > 1:
+        return Choice("sharded", f"{world().size} processes share the model")
+    if config.engine != "auto":
+        return Choice(config.engine, "as the settings say")
+    if before in ("in-memory", "streaming"):
+        return Choice(before, "as before")
+    device = resolve_device(config.device)
+    needed, available = in_memory_bytes(config, estimator, checkpoint, family), available_memory(device)
+    why = f"the whole model takes about {_gigabytes(needed)}, {_gigabytes(available)} are available"
+    if needed <= available:
+        return Choice("in-memory", why)
+    problem = streaming_problem(config, estimator, layer_widths(checkpoint.config))
+    if problem is not None:
+        return Choice("in-memory", f"{why}, but layer by layer it cannot be pruned: {problem}")
+    return Choice("streaming", why)
+
+
+def in_memory_bytes(
+    config: PruneConfig, estimator: Estimator | None, checkpoint: Checkpoint, family: Family
+) -> int:
+    """About what scoring a whole model takes: weights, gradients, a micro-batch's activations and logits.
+
+    From headers alone; of activations, what the backward pass of stock layers keeps.
+    """
+    assert config.num_sequences is not None  # resolved
+    widths = layer_widths(checkpoint.config)
+    stored = checkpoint.num_bytes / checkpoint.num_parameters
+    size = DTYPES[config.dtype].itemsize if config.dtype != "auto" else round(stored)
+    weights = checkpoint.num_parameters * size
+    one_pass = config.num_sequences <= config.micro_batch_size
+    sequences = 1 if estimator and estimator.loss == "sequence" else config.micro_batch_size
+    tokens = min(sequences, config.num_sequences) * config.sequence_length
+    hidden, vocabulary = int(checkpoint.config["hidden_size"]), int(checkpoint.config["vocab_size"])
+    logits = tokens * vocabulary * (size + 3 * DTYPE_BYTES["F32"])
+    if estimator is None or estimator.loss is None:
+        return weights + logits
+    prunable = {
+        tensor.name
+        for layer, layer_widths_ in enumerate(widths)
+        for kind in family.kinds_in(layer_widths_)
+        for tensor in family.unit_tensors(kind, layer, layer_widths_, checkpoint.tensors)
+    }
+    numel = sum(checkpoint.tensors[name].numel for name in prunable)
+    sums = {"sequence": 2}.get(estimator.loss, 1)  # Fisher diagonal and gradient
+    gradients = numel * (size if one_pass and sums == 1 else 4 * sums)
+    if config.gradients == "fused" or estimator.drawn_labels:
+        gradients = 0
+    per_token = sum(
+        8 * hidden
+        + 4 * w.intermediate_size * max(1, w.experts_per_token)
+        + 4 * w.num_attention_heads * w.head_dim
+        for w in widths
+    )
+    return weights + gradients + logits + tokens * per_token * size
+
+
+def _gigabytes(amount: int) -> str:
+    return f"{amount / 1e9:.1f} GB"

@@ -1,0 +1,134 @@
+"""Tensors of a checkpoint as pruning leaves them, read from its files a few at a time.
+
+Files are read and not mapped: pages of a mapping count as resident memory for as long as there is memory, and
+bytes that change under it would change the result.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from adapt_pruner.checkpoint import DTYPE_BYTES, Checkpoint, CheckpointError, TensorInfo
+from adapt_pruner.families import UnitTensor
+from adapt_pruner.plan import Indices
+from adapt_pruner.surgery import gather_members
+
+TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+KeptMembers = tuple[Sequence[UnitTensor], Indices]  # as `surgery.pruned_members` has them
+
+
+class TensorReader:
+    """Reads tensors of a verified checkpoint in one dtype, onto one device; usable from several threads.
+
+    Attributes:
+        bytes_read: from files, so far.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, backend: str = "auto"
+    ) -> None:
+        self.bytes_read = 0
+        self._checkpoint, self._dtype, self._device, self._backend = checkpoint, dtype, device, backend
+        self._finite: set[str] = set()
+        self._lock = threading.Lock()
+
+    def read(self, name: str, kept: KeptMembers | None = None) -> Tensor:
+        """One tensor, or what is left of it.
+
+        Args:
+            kept: the members in it that belong to units, and the units that stay; None for all of it.
+        Raises:
+            CheckpointError: the file ends early, or a value is NaN or infinite.
+        """
+        info = self._checkpoint.tensors[name]
+        tensor = self._read_range(info, 0, info.numel).view(info.shape)
+        self._require_finite(name, tensor)
+        if kept is not None:
+            members, keep = kept
+            # On the CPU, whatever the device is: the whole tensor need not fit there.
+            backend = self._backend if self._device.type == "cpu" else "auto"
+            tensor = gather_members({name: tensor}, members, keep, backend=backend)[name]
+        return tensor.to(self._device, self._dtype)
+
+    def read_rows(self, name: str, rows: Tensor) -> Tensor:
+        """Some rows of a matrix: [len(rows), columns].
+
+        Args:
+            rows: ascending int64.
+        Raises:
+            ValueError: the matrix has no such row. CheckpointError: as of `read`.
+        """
+        info = self._checkpoint.tensors[name]
+        count, columns = info.shape
+        if len(rows) and int(rows[-1]) >= count:
+            raise ValueError(f"{name} has {count} rows, asked for row {int(rows[-1])}")
+        breaks = torch.nonzero(rows.diff() != 1)[:, 0] + 1
+        runs = rows.tensor_split(breaks)
+        parts = [
+            self._read_range(info, int(run[0]) * columns, len(run) * columns) for run in runs if len(run)
+        ]
+        tensor = torch.cat(parts).view(-1, columns)
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{self._checkpoint.directory}: {name} has values that are NaN or infinite")
+        return tensor.to(self._device, self._dtype)
+
+    def _read_range(self, info: TensorInfo, first: int, numel: int) -> Tensor:
+        """Consecutive elements of a tensor: [numel], in the dtype of the file."""
+        size = DTYPE_BYTES[info.dtype]
+        tensor = torch.empty(numel, dtype=TORCH_DTYPES[info.dtype])
+        with info.shard.open("rb", buffering=0) as file:
+            if not read_into(tensor, file.fileno(), info.start + first * size):
+                raise CheckpointError(f"{info.shard}: ends within a tensor that its header has")
+        with self._lock:
+            self.bytes_read += numel * size
+        return tensor
+
+    def _require_finite(self, name: str, tensor: Tensor) -> None:
+        """Looks at each tensor the first time it is read, without a temporary of its size."""
+        if name in self._finite or tensor.numel() == 0:
+            return
+        if not torch.stack(tensor.aminmax()).isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise CheckpointError(
+                f"{self._checkpoint.directory}: {count} of {tensor.numel()} values of {name} are NaN or "
+                "infinite"
+            )
+        self._finite.add(name)
+
+
+def read_into(tensor: Tensor, file: int, offset: int) -> bool:
+    """Fills a contiguous tensor in host memory from a file; false if that ends before."""
+    left = tensor.flatten().view(torch.uint8).numpy().data
+    while left:
+        count = os.preadv(file, [left], offset)
+        if count == 0:
+            return False
+        left, offset = left[count:], offset + count
+    return True
+
+
+def write_from(tensor: Tensor, file: int, offset: int) -> None:
+    """Writes a contiguous tensor in host memory to a file."""
+    left = tensor.flatten().view(torch.uint8).numpy().data
+    while left:
+        count = os.pwritev(file, [left], offset)
+        left, offset = left[count:], offset + count
+
+
+def require_fit(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises CheckpointError unless the checkpoint has tensors of these names and shapes."""
+    missing = sorted(shapes.keys() - checkpoint.tensors.keys())
+    mismatched = [
+        f"{name}: {checkpoint.tensors[name].shape}, expected {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name not in missing and checkpoint.tensors[name].shape != tuple(shape)
+    ]
+    if missing or mismatched:
+        problems = {"missing_keys": missing, "mismatched_keys": mismatched}
+        found = {what: names for what, names in problems.items() if names}
+        raise CheckpointError(f"{checkpoint.directory}: tensors do not fit the config: {found}")
