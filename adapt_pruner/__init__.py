@@ -17,9 +17,17 @@ if TYPE_CHECKING:
     from adapt_pruner.apply import apply_plan
     from adapt_pruner.bench import BenchResult, bench_kernels
     from adapt_pruner.comparison import ComparisonResult, compare
-    from adapt_pruner.config import BenchConfig, CompareConfig, EvaluateConfig, InspectConfig, PruneConfig
+    from adapt_pruner.config import (
+        BenchConfig,
+        CompareConfig,
+        EvaluateConfig,
+        InspectConfig,
+        PlanMemoryConfig,
+        PruneConfig,
+    )
     from adapt_pruner.evaluation.evaluate import EvaluationResult, evaluate
     from adapt_pruner.inspection import ModelSummary, summarize
+    from adapt_pruner.memory_plan import MemoryPlan, plan_memory
     from adapt_pruner.methods import METHODS, Method
     from adapt_pruner.plan import PruningPlan
     from adapt_pruner.pruner import PruneResult, prune
@@ -39,8 +47,10 @@ _HOME = {
     "EvaluationResult": "evaluation.evaluate",
     "InspectConfig": "config",
     "METHODS": "methods",
+    "MemoryPlan": "memory_plan",
     "Method": "methods",
     "ModelSummary": "inspection",
+    "PlanMemoryConfig": "config",
     "PruneConfig": "config",
     "PruneResult": "pruner",
     "PruningPlan": "plan",
@@ -51,6 +61,7 @@ _HOME = {
     "bench_kernels": "bench",
     "compare": "comparison",
     "evaluate": "evaluation.evaluate",
+    "plan_memory": "memory_plan",
     "prune": "pruner",
     "recover": "recovery.recover",
     "summarize": "inspection",
@@ -68,8 +79,10 @@ __all__ = [
     "EvaluateConfig",
     "EvaluationResult",
     "InspectConfig",
+    "MemoryPlan",
     "Method",
     "ModelSummary",
+    "PlanMemoryConfig",
     "PruneConfig",
     "PruneResult",
     "PruningPlan",
@@ -80,6 +93,7 @@ __all__ = [
     "bench_kernels",
     "compare",
     "evaluate",
+    "plan_memory",
     "prune",
     "recover",
     "summarize",

@@ -26,6 +26,7 @@ from adapt_pruner.config import (
     EvaluateConfig,
     InspectConfig,
     MissingSetting,
+    PlanMemoryConfig,
     PruneConfig,
     VerifyConfig,
 )
@@ -51,6 +52,7 @@ _COMMANDS: dict[str, tuple[type | None, tuple[str, ...], str]] = {
     "evaluate": (EvaluateConfig, ("model",), "perplexity and multiple-choice accuracy"),
     "compare": (CompareConfig, ("models",), "models by several methods at several sizes, in one table"),
     "inspect": (InspectConfig, ("model",), "widths, parameters, FLOPs and KV cache, layer by layer"),
+    "plan-memory": (PlanMemoryConfig, ("model",), "memory, reads and time that pruning a model would take"),
     "bench": (BenchConfig, ("suite",), "time of the kernels beside plain PyTorch and the memory's limits"),
     "methods": (None, (), "methods and estimators of prune, one line and the source each"),
     "families": (None, (), "the architectures that can be pruned"),
@@ -331,6 +333,14 @@ def _inspect(arguments: Namespace) -> Shown:
     return result, lambda console: show.show_inspected(console, after, before, limits)
 
 
+def _plan_memory(arguments: Namespace) -> Shown:
+    from adapt_pruner.memory_plan import plan_memory
+
+    _quieten_transformers()
+    result = plan_memory(_config(PlanMemoryConfig, arguments))
+    return result.to_dict(), lambda console: show.show_memory_plan(console, result)
+
+
 def _bench(arguments: Namespace) -> Shown:
     from adapt_pruner.bench import bench_kernels
 
@@ -384,6 +394,7 @@ _RUN: dict[str, Callable[[Namespace], Shown]] = {
     "evaluate": _evaluate,
     "compare": _compare,
     "inspect": _inspect,
+    "plan-memory": _plan_memory,
     "bench": _bench,
     "methods": _methods,
     "families": _families,

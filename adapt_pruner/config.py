@@ -509,6 +509,40 @@ class InspectConfig:
 
 
 @dataclass(frozen=True)
+class PlanMemoryConfig:
+    """Settings of `plan-memory`.
+
+    Args:
+        model: directory of a model or its config.json alone, built-in name, or name on the hub, of which the
+            config is fetched alone.
+        method: of `prune`.
+        dtype: "auto" is that of the config; else fp32, bf16 or fp16.
+        num_sequences: calibration sequences of each iteration; the method's own if not given.
+        sequence_length: tokens of each sequence.
+        micro_batch_size: sequences per forward and backward pass.
+        iterations: of the run; the method's own if not given.
+        memory: of the engine streaming, as for `prune`.
+        processes: of the engine sharded, each with a device like the one here.
+        device: "auto", "cpu" or "cuda".
+    """
+
+    model: str
+    method: str = "adapt-pruner"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    num_sequences: int | None = None
+    sequence_length: int = 64
+    micro_batch_size: int = 16
+    iterations: int | None = None
+    memory: str | None = None
+    processes: int = 8
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        require("processes", self.processes, "at least 1", self.processes >= 1)
+        require_choices(self)
+
+
+@dataclass(frozen=True)
 class BenchConfig:
     """Settings of `bench`.
 

@@ -64,7 +64,11 @@ def summarize(model: str | Path, *, context: int = 1024) -> ModelSummary:
     Raises:
         CheckpointError: the directory holds no usable checkpoint. ValueError: unknown architecture.
     """
-    checkpoint = open_checkpoint(model)
+    return summary_of(open_checkpoint(model), context=context)
+
+
+def summary_of(checkpoint: Checkpoint, *, context: int = 1024) -> ModelSummary:
+    """Summary of a model by its config and the headers of its tensors; errors as `summarize`."""
     # Slicing changes the widths of hidden states, none of those that a family knows of.
     family = find_family(str(checkpoint.config.get("model_type")).removeprefix("sliced_"))
     widths = layer_widths(checkpoint.config)

@@ -67,7 +67,7 @@ def choose_engine(
     if before in ("in-memory", "streaming"):
         return Choice(before, "as before")
     device = resolve_device(config.device)
-    needed, available = in_memory_bytes(config, estimator, checkpoint, family), available_memory(device)
+    needed, available = sum(in_memory_bytes(config, estimator, checkpoint, family)), available_memory(device)
     why = f"the whole model takes about {_gigabytes(needed)}, {_gigabytes(available)} are available"
     if needed <= available:
         return Choice("in-memory", why)
@@ -77,12 +77,21 @@ def choose_engine(
     return Choice("streaming", why)
 
 
+class Memory(NamedTuple):
+    """Bytes that scoring a whole model takes; activations and logits are those of a micro-batch."""
+
+    weights: int
+    gradients: int
+    activations: int
+    logits: int
+
+
 def in_memory_bytes(
     config: PruneConfig, estimator: Estimator | None, checkpoint: Checkpoint, family: Family
-) -> int:
-    """About what scoring a whole model takes: weights, gradients, a micro-batch's activations and logits.
+) -> Memory:
+    """About what scoring a whole model takes, from headers alone.
 
-    From headers alone; of activations, what the backward pass of stock layers keeps.
+    Of activations, what the backward pass of stock layers keeps.
     """
     assert config.num_sequences is not None  # resolved
     widths = layer_widths(checkpoint.config)
@@ -95,7 +104,7 @@ def in_memory_bytes(
     hidden, vocabulary = int(checkpoint.config["hidden_size"]), int(checkpoint.config["vocab_size"])
     logits = tokens * vocabulary * (size + 3 * DTYPE_BYTES["F32"])
     if estimator is None or estimator.loss is None:
-        return weights + logits
+        return Memory(weights, 0, 0, logits)
     prunable = {
         tensor.name
         for layer, layer_widths_ in enumerate(widths)
@@ -113,7 +122,7 @@ def in_memory_bytes(
         + 4 * w.num_attention_heads * w.head_dim
         for w in widths
     )
-    return weights + gradients + logits + tokens * per_token * size
+    return Memory(weights, gradients, tokens * per_token * size, logits)
 
 
 def _gigabytes(amount: int) -> str:

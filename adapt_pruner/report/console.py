@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from adapt_pruner.comparison import ComparisonResult
     from adapt_pruner.evaluation.evaluate import EvaluationResult
     from adapt_pruner.inspection import LayerSummary, ModelSummary
+    from adapt_pruner.memory_plan import MemoryPlan
     from adapt_pruner.pruner import IterationReport
     from adapt_pruner.recovery.estimate import Estimate
 
@@ -165,6 +166,43 @@ def show_recovery_estimates(console: Console, estimates: Sequence[Estimate]) -> 
     console.print(table)
     total = sum(e.pruning_minutes + e.training_minutes for e in estimates)
     console.print(f"about {total:.0f} minutes, by rates measured here just now")
+
+
+def show_memory_plan(console: Console, plan: MemoryPlan) -> None:
+    size = f"{plan.parameters:,} parameters in {plan.layers} layers, {plan.weight_bytes / 1e9:.1f} GB"
+    work = f"{plan.iterations} iterations of {plan.calibration_tokens:,} tokens"
+    console.print(
+        f"{escape(plan.model)}: {size}; {work}; sharded over {plan.processes} processes, numbers each"
+    )
+    table = Table("engine", "memory", "fits here", "reads, writes", "FLOPs", "time", "whole run")
+    table.columns[0].no_wrap = True
+    for e in plan.engines:
+        once = f"{e.bytes_read_once / 1e9:.1f} GB once"
+        table.add_row(
+            e.engine,
+            f"{e.memory_bytes / 1e9:.1f} GB",
+            "yes" if e.fits else "no",
+            once if e.bytes_read_once else f"{e.bytes_per_iteration / 1e9:.1f} GB",
+            f"{e.flops_per_iteration:.2g}",
+            _duration(e.seconds_per_iteration),
+            _duration(e.seconds_once + plan.iterations * e.seconds_per_iteration),
+        )
+    console.print(table)
+    machine = plan.machine
+    console.print(
+        f"FLOPs and time of an iteration, by {machine.flops_per_second / 1e9:,.0f} GFLOP/s in a layer and "
+        f"{machine.disk_bytes_per_second / 1e9:.2f} GB/s from the disk, measured here just now; "
+        f"{machine.available_bytes / 1e9:.1f} GB of memory available"
+    )
+    for e in plan.engines:
+        if e.problem is not None:
+            console.print(f"[bold]{e.engine}[/] cannot: {escape(e.problem)}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def show_methods(console: Console, result: dict[str, Any]) -> None:
