@@ -149,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (_WrongUsage, MissingSetting) as error:
         print(f"adapt-pruner: error: {error}; see adapt-pruner {parsed.command} --help", file=sys.stderr)
         return 2
-    except (ValueError, OSError, AssetError, *_kernel_errors()) as error:
-        if arguments.debug:
+    except Exception as error:
+        if arguments.debug or not isinstance(error, (ValueError, OSError, AssetError, *_kernel_errors())):
             raise
         print(f"adapt-pruner: error: {error}", file=sys.stderr)
         return 1

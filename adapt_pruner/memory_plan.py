@@ -113,7 +113,8 @@ def plan_memory(config: PlanMemoryConfig, *, rates: MachineRates | None = None) 
         ValueError: an unknown architecture, a setting that does not fit, or a method that scores no units.
     """
     described = _described(config.model)
-    dtype = DTYPES.get(config.dtype) or described.dtype or torch.bfloat16
+    said = described.dtype if isinstance(described.dtype, torch.dtype) else torch.bfloat16
+    dtype = DTYPES.get(config.dtype, said)
     checkpoint = _headers(described, dtype)
     family = find_family(checkpoint.config["model_type"])
     widths = layer_widths(checkpoint.config)
@@ -255,8 +256,8 @@ class _Costs:
             passes: through the layers, a backward pass as two; one where there is none.
         """
         head = 2 if self._backward else 1  # its weight needs no gradient
-        flops = (passes if self._backward else 1) * self._of_layers + head * self._of_head
-        flops = flops * self.tokens / processes
+        per_token = (passes if self._backward else 1) * self._of_layers + head * self._of_head
+        flops = per_token * self.tokens / processes
         return EnginePlan(
             engine,
             memory,
