@@ -180,7 +180,7 @@ spent in four ways:
 {markdown_table(list(shown), rows)}
 **Interleaving {helps} here**: the best of the three in stages, `{best}`, has a held-out loss
 {gains[best]:+.3f} nats per token from that of `once` (all three: {listed}; below 0 is better).
-With {tokens} tokens the last stage, which alone sees the final widths, has fewer steps than `once` has in all.
+With {tokens} tokens the last stage, which alone has the final widths, gets fewer steps than `once` in all.
 
 Held-out text is that part of the recovery text, apart from what is trained on.
 Accuracy is the mean of the seven commonsense tasks, {limit} questions of each, normalised by length where
