@@ -19,7 +19,7 @@ from adapt_pruner.plan import Indices
 from adapt_pruner.surgery import gather_members
 
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-KeptMembers = tuple[Sequence[UnitTensor], Indices]  # as `surgery.pruned_members` has them
+KeptMembers = tuple[Sequence[UnitTensor], Indices]  # as `plan.pruned_members` has them
 
 
 class TensorReader:
