@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from adapt_pruner.engines.device import return_freed_memory
 from adapt_pruner.families import Family
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class LayerwiseModel:
                 with _filled(self.layers[layer], weights):
                     del weights
                     yield layer
+                return_freed_memory()  # or blocks of earlier layers would add up
 
     def parameters(self, layer: int) -> dict[str, nn.Parameter]:
         """Those of a layer, by their names in the model."""
