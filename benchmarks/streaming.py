@@ -199,13 +199,14 @@ def bound(shape: Shape, options: argparse.Namespace) -> dict[str, int]:
     micro = min(options.micro_batch_size, options.sequences)
     tokens = micro * options.length
     per_token = 8 * shape.hidden + 4 * shape.intermediate + 4 * shape.hidden
+    norms = 0 if size == 4 else 4 * 4 * shape.hidden  # what both norms keep of a token in fp32
     chunk = min(CHUNK_BYTES, 4 * tokens * shape.vocabulary)
     of_gradients = 4 if options.sequences > options.micro_batch_size else size
     return {
         "two_layers": 2 * shape.layer_parameters * size,
         "gradients": shape.layer_parameters * of_gradients,
         "head_chunk": chunk * 3 + chunk * size // 4,
-        "activations": tokens * per_token * size,
+        "activations": tokens * (per_token * size + norms),
         "budget": parse_bytes("memory", options.memory),
     }
 
