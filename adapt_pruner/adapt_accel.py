@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from adapt_pruner.assets import resolve_model
 from adapt_pruner.checkpoint import Checkpoint, atomic_directory, open_checkpoint, write_json
 from adapt_pruner.engines.device import resolve_device
+from adapt_pruner.families import layer_widths
 from adapt_pruner.methods import find_method
 from adapt_pruner.plan import PruningPlan
 from adapt_pruner.pruner import OnIteration, Progress, Setup, prune, set_up
@@ -127,7 +128,8 @@ def accel(
                 moments = None
                 if state is not None and config.optimizer_state == "keep":
                     moments = Moments(state, PruningPlan.load(pruned.plan), resolve_model(model))
-                part = stage.part(moments, keep_state=stage is not stages[-1])
+                keep = config.optimizer_state == "keep" and stage is not stages[-1]
+                part = stage.part(moments, keep_state=keep)
                 recover(
                     config.recovery(str(pruned.model), str(trained.path), True),
                     callbacks=callbacks,
@@ -160,7 +162,8 @@ def plan_stages(config: AccelConfig, checkpoint: Checkpoint) -> tuple[Setup, tup
         raise ValueError(f"prune.method is {method.name!r}, expected one that removes units")
     setup = set_up(last, method, checkpoint)
     if config.optimizer_state == "keep" and (
-        setup.config.granularity == "layer" or any("expert" in kind.name for kind in setup.family.unit_kinds)
+        setup.config.granularity == "layer"
+        or any(layer.num_experts for layer in layer_widths(checkpoint.config))
     ):
         raise ValueError(
             "optimizer_state is 'keep', expected 'reset' where whole layers go and for mixtures of experts"

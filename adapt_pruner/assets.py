@@ -175,7 +175,10 @@ def resolve_model(name_or_path: str | os.PathLike[str], *, revision: str | None 
             if (directory / "config.json").is_file():
                 return directory
         if (path / "config.yaml").is_file():
-            raise ValueError(f"{name!r} is a run directory without model/: the run is not finished")
+            raise ValueError(
+                f"{name!r} is a run directory without model/: the run is not finished, "
+                "or a later stage has taken its model over"
+            )
         raise ValueError(f"{name!r} is a directory without config.json, so not a saved model")
     if path.exists():
         raise ValueError(f"{name!r} is a file; expected the directory of a saved model")

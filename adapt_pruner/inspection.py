@@ -141,7 +141,7 @@ def limits_of_run(run: str | Path) -> dict[str, dict[str, float]]:
         return {}
     metrics = json.loads(path.read_text(encoding="utf-8"))
     limits: dict[str, dict[str, float]] = {}
-    if metrics["parameters_target"] is not None:
+    if metrics.get("parameters_target") is not None:  # which a training has not
         limits["parameters"] = {key: metrics[f"parameters_{key}"] for key in ("before", "target", "after")}
     return limits | metrics.get("resources", {})
 

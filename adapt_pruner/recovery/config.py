@@ -38,7 +38,7 @@ class RecoverConfig:
         batch_size: sequences of each optimizer step, over all processes.
         micro_batch_size: sequences per forward and backward pass of one process.
         learning_rate: the highest, after the warm-up.
-        min_learning_rate: that of the last step.
+        min_learning_rate: that of the last step; a tenth of learning_rate if not given.
         schedule: wsd (constant, then linear decay over the last tenth) or cosine; both warm up over the first
             twentieth of all steps.
         weight_decay: of AdamW, for matrices.
@@ -85,7 +85,7 @@ class RecoverConfig:
     batch_size: int = 128
     micro_batch_size: int = 8
     learning_rate: float = 2e-5
-    min_learning_rate: float = 2e-6
+    min_learning_rate: float | None = None
     schedule: Literal["wsd", "cosine"] = "wsd"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -130,7 +130,7 @@ class RecoverConfig:
             value = getattr(self, name)
             require(name, value, "finite, above 0", 0 < value < math.inf)
         require("weight_decay", self.weight_decay, "finite, at least 0", 0 <= self.weight_decay < math.inf)
-        rate = self.min_learning_rate
+        rate = self.last_learning_rate
         expected = f"within 0 and {self.learning_rate} (learning_rate)"
         require("min_learning_rate", rate, expected, 0 <= rate <= self.learning_rate)
         require("alpha", self.alpha, "within 0 and 1", 0 <= self.alpha <= 1)
@@ -140,6 +140,11 @@ class RecoverConfig:
         require("tokens", self.tokens, "given with streaming", self.tokens is not None or not self.streaming)
         self.token_budget()
         require_choices(self)
+
+    @property
+    def last_learning_rate(self) -> float:
+        """That of the last step."""
+        return self.learning_rate / 10 if self.min_learning_rate is None else self.min_learning_rate
 
     def token_budget(self) -> int | None:
         """`tokens` as a number.

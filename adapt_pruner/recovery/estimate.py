@@ -74,9 +74,9 @@ def estimate_accel(config: AccelConfig) -> tuple[Estimate, ...]:
         ValueError: what `accel` would refuse.
     """
     checkpoint = open_checkpoint(resolve_model(config.model))
-    setup, stages = plan_stages(config, checkpoint)
     recovery = config.recovery(config.model, "-", False)
     processes = join_processes(resolve_device(recovery.device).type).size
+    setup, stages = plan_stages(config, checkpoint)
     accumulation_steps(recovery, processes)
     rate = measured_rate(recovery, checkpoint)
     base = setup.embeddings if config.target_of == "non-embedding" else 0

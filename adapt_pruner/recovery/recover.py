@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -53,11 +54,13 @@ from adapt_pruner.sharding import join_processes, make_mesh, shard, together, wo
 CHECKPOINTS = "checkpoints"
 KEPT_STATE = "training_state"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-# What would take a training out of our hands.
+# What would take a training out of our hands, or have no effect in them.
 _NOT_OURS = {
-    "auto_find_batch_size", "data_seed", "deepspeed", "eval_on_start", "fsdp", "fsdp_config",
-    "load_best_model_at_end", "num_train_epochs", "parallelism_config", "resume_from_checkpoint",
-    "save_only_model", "save_strategy",
+    "auto_find_batch_size", "bf16_full_eval", "data_seed", "deepspeed", "eval_on_start", "fp16",
+    "fp16_full_eval", "fsdp", "fsdp_config", "hub_model_id", "hub_strategy", "label_smoothing_factor",
+    "load_best_model_at_end", "lr_scheduler_kwargs", "lr_scheduler_type", "num_train_epochs",
+    "parallelism_config", "push_to_hub", "resume_from_checkpoint", "save_only_model", "save_strategy",
+    "torch_compile", "torch_compile_backend", "torch_compile_mode", "warmup_ratio", "warmup_steps",
 }  # fmt: skip
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 # Settings that change nothing but rounding in what a resumed run ends with.
@@ -140,6 +143,9 @@ def recover(
     with together():  # what one process refuses, all do
         if config.teacher_device:
             resolve_device(config.teacher_device)
+            if world().size > 1:
+                given, size = config.teacher_device, world().size
+                raise ValueError(f"teacher_device is {given!r}, expected none with {size} processes")
         data = recovery_data(config, checkpoint)
         part = part or whole(config, data)
         # Two checkpoints of weights and two moments in fp32, of which the older one goes, and the model.
@@ -242,6 +248,12 @@ def whole(config: RecoverConfig, data: RecoveryData) -> Part:
             f"{what} makes {sequences} sequences of {config.sequence_length} tokens, expected at least "
             f"{config.batch_size} (batch_size)"
         )
+    if available is not None and steps * config.batch_size > available:
+        warnings.warn(
+            f"{config.data} has {available} sequences of {config.sequence_length} tokens to train on, "
+            f"{steps * config.batch_size} were asked for: they are read again from the first one",
+            stacklevel=2,
+        )
     examples = None if available is None else range(steps * config.batch_size)
     return Part(examples, steps, first_step=0, total_steps=steps)
 
@@ -287,9 +299,13 @@ def training_arguments(config: RecoverConfig, steps: int, accumulation: int) -> 
     taken = sorted(config.arguments.keys() & (values.keys() | _NOT_OURS))
     if taken:
         raise ValueError(
-            f"arguments has {', '.join(taken)}, expected none that other settings decide or that change how "
-            "a run is sharded, counted or resumed"
+            f"arguments has {', '.join(taken)}, expected none that other settings decide, that has no effect "
+            "here, or that changes how a run is sharded, counted or resumed"
         )
+    defaults = {field.name: field.default for field in fields(TrainingArguments)}
+    for name, value in config.arguments.items():
+        if isinstance(value, str) and isinstance(defaults[name], int | float):
+            raise ValueError(f"arguments has {name} {value!r}, expected a number")
     # Not what the verbosity of transformers' own messages makes of it.
     arguments = TrainingArguments(**{"disable_tqdm": False} | values | config.arguments)
     if arguments.optim not in _OPTIMIZERS:
@@ -297,7 +313,11 @@ def training_arguments(config: RecoverConfig, steps: int, accumulation: int) -> 
             f"arguments has optim {config.arguments['optim']!r}, expected one of {list(_OPTIMIZERS)}, whose "
             "state is kept in checkpoints and pruned"
         )
-    get_reporting_integration_callbacks(arguments.report_to)  # which raises for a logger that is not there
+    for callback in get_reporting_integration_callbacks(arguments.report_to):  # unknown ones raise
+        try:
+            callback()
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(f"loggers is {config.loggers!r}: {error}") from error
     return arguments
 
 
@@ -321,7 +341,7 @@ def _trainer(
 
     def schedule(optimizer: torch.optim.Optimizer, done: int) -> torch.optim.lr_scheduler.LRScheduler:
         step = min(part.first_step + done, part.total_steps - 1)  # none is left to do after the last
-        ratio = config.min_learning_rate / config.learning_rate
+        ratio = config.last_learning_rate / config.learning_rate
         return make_schedule(optimizer, config.schedule, part.total_steps, min_ratio=ratio, first_step=step)
 
     training = data.training

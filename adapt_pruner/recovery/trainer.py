@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STATE = "state"
+_MAX_LOSS = 100.0  # nats per token: far above that of guessing, and of which exp can be taken
 # The schedule for an optimizer from the step on that so many steps of this training are before.
 ScheduleFactory = Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]
 
@@ -174,20 +175,24 @@ class RecoveryTrainer(Trainer):
             self._logged_step = self.state.global_step
         super().log(logs, start_time)
         if "loss" in logs:
-            self._require_sound(logs["loss"])
+            first = next(entry["loss"] for entry in self.state.log_history if "loss" in entry)
+            self._require_sound("loss", logs["loss"], first)
 
-    def _require_sound(self, loss: float) -> None:
-        first = next(entry["loss"] for entry in self.state.log_history if "loss" in entry)
-        if not loss <= self._max_loss_ratio * first:  # which NaN is not either
+    def _require_sound(self, what: str, loss: float, first: float) -> None:
+        if not loss <= min(self._max_loss_ratio * first, _MAX_LOSS):  # which NaN is not either
             raise Diverged(
-                f"the loss at step {self.state.global_step} is {loss:.4g}, expected at most "
-                f"{self._max_loss_ratio:g} times the {first:.4g} of the first step: lower the learning rate"
+                f"the {what} at step {self.state.global_step} is {loss:.4g}, expected at most "
+                f"{self._max_loss_ratio:g} times the {first:.4g} that it was first: lower the learning rate"
             )
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Cross entropy in nats per predicted token of the whole data set, and its exponential."""
+        """Cross entropy in nats per predicted token of the whole data set, and its exponential.
+
+        Raises:
+            Diverged: it is not finite, or above `max_loss_ratio` times the first one.
+        """
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # nats, tokens
         size = self.args.per_device_eval_batch_size
@@ -207,14 +212,23 @@ class RecoveryTrainer(Trainer):
                 sums += torch.stack((loss.double() * count, count.double()))
         nats, tokens = self.accelerator.reduce(sums).tolist()
         loss = nats / tokens
+        evaluated = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
+        self._require_sound("held-out loss", loss, evaluated[0] if evaluated else loss)
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(loss)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _clip_grad_norm(self, model: Any) -> Tensor:
+        """Raises Diverged where a gradient is not finite, before any weight takes it in."""
         norm = super()._clip_grad_norm(model)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not norm.isfinite():
+            raise Diverged(
+                f"the norm of the gradients at step {self.state.global_step + 1} is {norm.item()}, expected "
+                "a finite one: lower the learning rate"
+            )
+        return norm
 
     @contextlib.contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:

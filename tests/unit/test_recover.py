@@ -63,7 +63,7 @@ def test_run(config, whole_run):
     assert model.dtype == torch.float32
     rates = _log(whole_run, "learning_rate")
     assert rates[0] == pytest.approx(1e-3)
-    assert rates[-1] == pytest.approx(config.min_learning_rate)
+    assert rates[-1] == pytest.approx(1e-4)  # a tenth
 
 
 class _Kill(TrainerCallback):
@@ -102,6 +102,28 @@ def test_diverged(config, tmp_path):
     assert not (tmp_path / "run" / "model").exists()
 
 
+@pytest.mark.parametrize("rate", [1e30, 100.0])
+def test_diverged_in_the_last_step(config, tmp_path, rate):
+    """Which no training loss shows any more."""
+    one_step = replace(_quick(config, tmp_path, learning_rate=rate, min_learning_rate=rate), tokens=8 * 32)
+    with pytest.raises(Diverged, match=r"the held-out loss at step 1 is "):
+        recover(one_step)
+    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_gradient_that_is_not_finite_goes_into_no_weight(config, tmp_path):
+    class _Break(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **more):
+            raise AssertionError("this is too late")
+
+        def on_step_begin(self, args, state, control, model=None, **more):
+            next(model.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+
+    with pytest.raises(Diverged, match="the norm of the gradients at step 1 is"):
+        recover(_quick(config, tmp_path), callbacks=[_Break()])
+
+
 def test_nothing_is_saved_that_was_not_found_sound(config, tmp_path):
     class _Break(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **more):
@@ -109,7 +131,7 @@ def test_nothing_is_saved_that_was_not_found_sound(config, tmp_path):
                 with torch.no_grad():
                     next(model.parameters())[:] = float("nan")
 
-    with pytest.raises(Diverged, match="the loss at step 2 is nan"):
+    with pytest.raises(Diverged, match="the norm of the gradients at step 2 is nan"):
         recover(_quick(config, tmp_path, log_steps=100, save_steps=1), callbacks=[_Break()])
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-1"]
 
@@ -232,6 +254,9 @@ def test_arguments_reach_the_trainer(config, tmp_path):
             "arguments has output_dir, expected none that other",
         ),
         ({"arguments": {"fsdp": "full_shard"}}, ValueError, "arguments has fsdp, expected none that other"),
+        ({"arguments": {"warmup_steps": 4}}, ValueError, "arguments has warmup_steps, expected none that"),
+        ({"arguments": {"adam_beta1": "x"}}, ValueError, "arguments has adam_beta1 'x', expected a number"),
+        ({"loggers": "wandb"}, ValueError, "loggers is 'wandb': .*[Rr]equires wandb"),
         ({"arguments": {"optim": "adafactor"}}, ValueError, "arguments has optim 'adafactor', expected"),
         ({"loggers": "nonsense"}, ValueError, "nonsense"),
         (
