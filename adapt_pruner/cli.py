@@ -149,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (_WrongUsage, MissingSetting) as error:
         print(f"adapt-pruner: error: {error}; see adapt-pruner {parsed.command} --help", file=sys.stderr)
         return 2
-    except Exception as error:
-        if arguments.debug or not isinstance(error, (ValueError, OSError, AssetError, *_kernel_errors())):
+    except _reported_errors() as error:
+        if arguments.debug:
             raise
         print(f"adapt-pruner: error: {error}", file=sys.stderr)
         return 1
@@ -163,10 +163,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status[0] if status else 0
 
 
-def _kernel_errors() -> tuple[type[Exception], ...]:
-    """What the kernels say of a backend, if they were imported: they import torch, and `apply` does not."""
+def _reported_errors() -> tuple[type[Exception], ...]:
+    """What is told in one line; of the kernels only once they were imported: they import torch."""
     kernels = sys.modules.get("adapt_pruner.kernels")
-    return () if kernels is None else (kernels.BackendUnavailable,)
+    of_kernels = () if kernels is None else (kernels.BackendUnavailable,)
+    return ValueError, OSError, AssetError, *of_kernels
 
 
 def _log_to_stderr() -> None:

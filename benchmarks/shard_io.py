@@ -34,9 +34,10 @@ COLUMNS = (
     "state",
     "what",
     "seconds",
-    "seconds_of_cp_over_it",
+    "inner_seconds",
+    "cp_over_it",
     "gigabytes_per_second",
-    "peak_rss_mb",
+    "peak_mb",
     "rounds",
 )
 
