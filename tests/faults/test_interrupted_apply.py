@@ -23,8 +23,7 @@ from adapt_pruner.families import find_family, layer_widths, unit_counts
 from adapt_pruner.plan import PruningPlan
 
 SHARD_BYTES = 4_000_000
-# Kills itself at a file operation of Python (the Nth), or so many seconds after it has begun to write the third
-# file.
+# Kills itself at the Nth file operation of Python, or so many seconds after it has begun the third file.
 CHILD = f"""
 import os, signal, sys, threading
 from adapt_pruner import PruningPlan, apply_plan, shard_io
