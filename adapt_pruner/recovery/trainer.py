@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,13 +283,13 @@ class RecoveryTrainer(Trainer):
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint in `directory`, if there is any."""
+    """The newest complete checkpoint in `directory`, if there is any; incomplete ones are removed."""
     steps = {}
     for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
             steps[TrainerState.load_from_json(str(path / TRAINER_STATE_NAME)).global_step] = path
-        except (OSError, ValueError):  # killed before or while it was written
-            continue
+        except (OSError, ValueError):  # killed before or while it was written; it will be written again
+            shutil.rmtree(path)
     return steps[max(steps)] if steps else None
 
 

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.timeout(600)
 KILLED = """
 import os, random, signal, sys, time
 from dataclasses import replace
+from pathlib import Path
 import yaml
 from adapt_pruner.adapt_accel import accel
 from adapt_pruner.modeling import register
@@ -24,32 +25,39 @@ from adapt_pruner.recovery.config import AccelConfig
 register()  # imports the model classes once, for all children
 import matplotlib.backends.backend_agg, matplotlib.figure
 
+moments = random.Random(0)
+
+def logged(config):
+    return sum(path.read_bytes().count(b"\\n") for path in Path(config.output).rglob("log.jsonl"))
+
 # Children are forked from a process that has only imported: no thread pool exists yet.
-def child(config, seconds=0.0):
-    began = time.monotonic()
+def child(config, lines=None):
     process = os.fork()
     if not process:
         accel(config)
         os._exit(0)
-    if seconds:
-        time.sleep(seconds)
-        os.kill(process, signal.SIGKILL)
-    return os.waitpid(process, 0)[1], time.monotonic() - began
+    while lines is not None:  # killed a little behind the moment when it has logged so many
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return status
+        if logged(config) >= lines:
+            time.sleep(moments.uniform(0, 0.1))
+            os.kill(process, signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    return os.waitpid(process, 0)[1]
 
 config = AccelConfig(**yaml.safe_load(sys.stdin))
-for name in ("first", "whole"):  # the first one also fills the cache of tokens
-    status, seconds = child(replace(config, output=f"{config.output}-{name}"))
-    assert status == 0
-moments = random.Random(0)
+whole = replace(config, output=f"{config.output}-whole")
+assert child(whole) == 0
 killed = 0
 for run in range(3):
     resumed = replace(config, output=f"{config.output}-{run}", resume=True)
     for _ in range(2):
-        status, _ = child(resumed, moments.uniform(0.1, 0.6) * seconds)
+        status = child(resumed, moments.randrange(logged(resumed), logged(whole) - 1))
         assert status in (0, signal.SIGKILL), status
         killed += status == signal.SIGKILL
-    status, _ = child(resumed)
-    assert status == 0
+    assert child(resumed) == 0
 print(killed)
 """
 
@@ -75,7 +83,7 @@ def test_killed_at_random_moments(tiny_models, calibration_file, tmp_path):
         timeout=500,
     )
     assert done.returncode == 0, done.stderr[-8000:]
-    assert int(done.stdout.splitlines()[-1]) >= 3
+    assert int(done.stdout.splitlines()[-1]) >= 4
     runs = [tmp_path / f"run-{name}" for name in ("whole", *range(3))]
     expected, *others = ({file.name: file.read_bytes() for file in (run / "model").iterdir()} for run in runs)
     for run, model in zip(runs[1:], others, strict=True):

@@ -92,6 +92,16 @@ def test_killed_and_resumed(config, whole_run, tmp_path, step):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_checkpoint_that_was_half_written_is_written_again(config, whole_run, tmp_path):
+    killed = replace(config, output=str(tmp_path / "killed"))
+    with pytest.raises(KeyboardInterrupt):
+        recover(killed, callbacks=[_Kill(5)])
+    (tmp_path / "killed" / "checkpoints" / "checkpoint-4" / "trainer_state.json").unlink()
+    result = recover(replace(killed, resume=True))
+    ours, theirs = (load_file(r.model_directory / "model.safetensors") for r in (result, whole_run))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def _quick(config, tmp_path, **changes):
     return replace(config, output=str(tmp_path / "run"), tokens=3 * 8 * 32, eval_steps=0, **changes)
 
