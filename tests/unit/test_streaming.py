@@ -282,7 +282,7 @@ def test_auto_estimates_weights_gradients_activations_and_logits(settings, tiny_
 
     def needed(**changes):
         config, estimator = resolve(settings("mistral", **changes), LAYERS)
-        return choice.in_memory_bytes(config, estimator, checkpoint, family)
+        return sum(choice.in_memory_bytes(config, estimator, checkpoint, family))
 
     prunable = sum(i.numel for n, i in checkpoint.tensors.items() if "_proj" in n)
     tokens = 4 * 16
