@@ -15,6 +15,7 @@ from adapt_pruner.config import (
     InspectConfig,
     MissingSetting,
     PruneConfig,
+    parse_bytes,
     parse_target,
 )
 from adapt_pruner.methods import resolve
@@ -192,3 +193,17 @@ def test_defaults_of_prune_are_those_of_the_paper_but_for_averages_over_rounds()
     assert (config.iterations, config.amplitude, config.layer_metric) == (50, 0.02, "cosine")
     assert (config.num_sequences, config.sequence_length, config.carry_over) == (32, 64, 1.0)
     assert resolve(prune_config(method="reference"), 4)[0].num_sequences == 512
+
+
+@pytest.mark.parametrize(
+    ("value", "amount"),
+    [("8GB", 8 * 10**9), ("512MiB", 512 * 2**20), (" 1.5 kb", 1500), ("4096", 4096), (4096, 4096), ("1b", 1)],
+)
+def test_sizes(value, amount):
+    assert parse_bytes("memory", value) == amount
+
+
+@pytest.mark.parametrize("value", ["", "GB", "-1GB", "0", "8 pounds", "1.2.3MB", "nan", "0.1b"])
+def test_what_is_no_size(value):
+    with pytest.raises(ValueError, match="expected a size such as 8GB or 512MiB"):
+        prune_config(memory=value)
