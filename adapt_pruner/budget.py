@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from adapt_pruner.families import Family, LayerWidths, removal_counts, unit_costs
 
 Counts = tuple[dict[str, int], ...]
 
@@ -171,3 +174,23 @@ def pace_of_kinds(budget: UnitBudget, target: int) -> dict[str, float]:
     start, now = (_shares(budget, counts, limits) for counts in (budget.initial, budget.current))
     rate_of_all = max(map(budget.rate, kinds)) / max(start[kind] for kind in kinds)
     return {kind: start[kind] * rate_of_all / budget.rate(kind) if now[kind] else 0.0 for kind in kinds}
+
+
+def model_budget(
+    family: Family,
+    widths: Sequence[LayerWidths],
+    shapes: Mapping[str, Sequence[int]],
+    initial: Counts | None = None,
+) -> UnitBudget:
+    """Units of a model and their cost in parameters.
+
+    Args:
+        shapes: of all its tensors by name, tied ones once.
+        initial: units of the original model; those of this one if not given.
+    Raises:
+        ValueError: a tensor is missing, or its shape does not fit the widths.
+    """
+    counts = removal_counts(family, widths)
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    costs = unit_costs(family, widths, shapes)
+    return UnitBudget(counts if initial is None else initial, counts, costs, parameters)

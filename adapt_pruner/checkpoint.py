@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,6 +205,24 @@ def header_text(header: Mapping[str, Any], length: int = 0) -> bytes:
     text = text.ljust(max(length, -(-len(text) // 8) * 8))
     assert length in (0, len(text)), f"the header has grown from {length} to {len(text)} bytes"
     return text
+
+
+def weights_layout(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> tuple[bytes, dict[str, int]]:
+    """The header of a safetensors file of weights, and where each tensor begins behind it, in that order.
+
+    It is that of safetensors' own writer: larger and then wider dtypes first, so that all are aligned.
+
+    Args:
+        tensors: safetensors name of the float dtype, and shape, by name.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, start = {}, 0
+    for name in sorted(tensors, key=lambda name: (-FLOAT_DTYPES.index(tensors[name][0]), name)):
+        dtype, shape = tensors[name]
+        end = start + math.prod(shape) * DTYPE_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        starts[name], start = start, end
+    return header_text(header), starts
 
 
 def _read_json(path: Path) -> dict[str, Any]:

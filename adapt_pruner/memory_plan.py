@@ -25,13 +25,13 @@ from adapt_pruner.inspection import ModelSummary, summary_of
 from adapt_pruner.methods import find_method, resolve
 from adapt_pruner.modeling import register
 from adapt_pruner.modeling.conversion import empty_model, keep_config_layers
+from adapt_pruner.saving import DTYPE_NAMES
 from adapt_pruner.scoring.estimators import Estimator
 from adapt_pruner.scoring.layerwise import CHUNK_BYTES
 
 _TIMED_TOKENS = 256
 _TIMED_BYTES = 64 * 2**20  # weights at most of the layer that is timed
 _DISK_BYTES = 256 * 2**20  # that are written and read to time the disk
-_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,8 @@ def _described(model: str) -> PreTrainedConfig:
     """The config of a model: of a directory, a config.json, a built-in model, or one of the hub."""
     register()
     path = Path(model).expanduser()
-    if path.is_dir() and not (path / "config.json").exists():
-        path = resolve_model(model)  # a run directory
-    elif model in MODELS:
+    is_run = path.is_dir() and not (path / "config.json").exists()
+    if is_run or model in MODELS:
         path = resolve_model(model)
     try:
         return AutoConfig.from_pretrained(str(path) if path.exists() else model)
@@ -180,7 +179,7 @@ def _described(model: str) -> PreTrainedConfig:
 def _headers(config: PreTrainedConfig, dtype: torch.dtype) -> Checkpoint:
     """A checkpoint of this config as its headers would be; there are no files."""
     tensors = {
-        name: TensorInfo(Path(), _NAMES[dtype], tuple(p.shape), 0, p.numel() * dtype.itemsize)
+        name: TensorInfo(Path(), DTYPE_NAMES[dtype], tuple(p.shape), 0, p.numel() * dtype.itemsize)
         for name, p in empty_model(config, dtype).named_parameters()
     }
     return Checkpoint(Path(), config.to_dict(), tensors)

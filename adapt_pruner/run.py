@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Settings that do not change the result, so a resumed run may have others; "recover.x" is x in that mapping.
-FREE_TO_CHANGE = ("output", "resume", "memory")
+_FREE_TO_CHANGE = ("output", "resume", "memory")
 
 
 class RunDirectory:
@@ -32,7 +32,7 @@ class RunDirectory:
     `state/tensors-NNN.safetensors` belongs to iteration NNN of `state/progress.json`, and no other is read.
     """
 
-    def __init__(self, path: Path, *, free_to_change: Collection[str] = FREE_TO_CHANGE) -> None:
+    def __init__(self, path: Path, *, free_to_change: Collection[str] = _FREE_TO_CHANGE) -> None:
         self.path = path
         self._free_to_change = free_to_change
         self.model = path / "model"
@@ -48,7 +48,7 @@ class RunDirectory:
         config: Any,
         *,
         resume: bool,
-        free_to_change: Collection[str] = FREE_TO_CHANGE,
+        free_to_change: Collection[str] = _FREE_TO_CHANGE,
     ) -> RunDirectory:
         """Creates a run directory, or opens an unfinished one.
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from adapt_pruner.budget import ATTENTION_UNITS, UnitBudget
+from adapt_pruner.budget import ATTENTION_UNITS, UnitBudget, model_budget
 from adapt_pruner.checkpoint import Checkpoint
 from adapt_pruner.compensation import missing_output_biases
 from adapt_pruner.config import PruneConfig, parse_target
-from adapt_pruner.families import Family, layer_widths, removal_counts, unit_costs
+from adapt_pruner.families import Family, layer_widths
 from adapt_pruner.methods import parse_layers
 from adapt_pruner.resources import Resource
 from adapt_pruner.scoring import Estimator
@@ -18,11 +18,8 @@ from adapt_pruner.scoring.gram import column_weights
 def header_budget(checkpoint: Checkpoint, family: Family) -> tuple[UnitBudget, int]:
     """Budget and embedding parameters from the headers alone."""
     widths = layer_widths(checkpoint.config)
-    counts = removal_counts(family, widths)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    costs = unit_costs(family, widths, shapes)
-    budget = UnitBudget(counts, counts, costs, checkpoint.num_parameters)
-    return budget, embedding_parameters(checkpoint, family)
+    return model_budget(family, widths, shapes), embedding_parameters(checkpoint, family)
 
 
 def embedding_parameters(checkpoint: Checkpoint, family: Family) -> int:

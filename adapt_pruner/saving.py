@@ -19,7 +19,7 @@ from adapt_pruner.checkpoint import (
     WEIGHTS_NAME,
     atomic_directory,
     copy_side_files,
-    header_text,
+    weights_layout,
     write_json,
 )
 from adapt_pruner.sharding import named_tensors, together, world
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAX_FILE_BYTES = 4 * 2**30
-_DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
 
 def save_model(
@@ -56,9 +56,9 @@ def save_model(
     """
     tensors = named_tensors(model)
     dtypes = {dtype} if dtype is not None else {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) > 1 or not dtypes <= _DTYPE_NAMES.keys():
+    if len(dtypes) > 1 or not dtypes <= DTYPE_NAMES.keys():
         raise ValueError(
-            f"the weights have dtypes {sorted(map(str, dtypes))}, expected one of {list(_DTYPE_NAMES)}"
+            f"the weights have dtypes {sorted(map(str, dtypes))}, expected one of {list(DTYPE_NAMES)}"
         )
     (dtype,) = dtypes
     twin = _meta_twin(model, dtype)
@@ -116,7 +116,9 @@ def _write_weights(directory: Path, twin: PreTrainedModel, whole: Iterator[Tenso
     names, weight_map = iter(named_tensors(twin)), {}
     for number, content in enumerate(files, 1):
         file_name = WEIGHTS_NAME if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        header, starts = _layout({k: v for parts in content for k, v in parts.items()})
+        header, starts = weights_layout(
+            {name: (DTYPE_NAMES[t.dtype], t.shape) for parts in content for name, t in parts.items()}
+        )
         with (directory / file_name).open("wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
             for _ in content:
@@ -134,19 +136,6 @@ def _write_weights(directory: Path, twin: PreTrainedModel, whole: Iterator[Tenso
 
 def _num_bytes(tensors: Iterable[Mapping[str, Tensor]]) -> int:
     return sum(tensor.numel() * tensor.itemsize for parts in tensors for tensor in parts.values())
-
-
-def _layout(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
-    """The header of a safetensors file of tensors of one dtype, and where each begins behind it."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    starts, start = {}, 0
-    for name, tensor in sorted(tensors.items()):
-        end = start + tensor.numel() * tensor.itemsize
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
-        }  # fmt: skip
-        starts[name], start = start, end
-    return header_text(header), starts
 
 
 @contextlib.contextmanager

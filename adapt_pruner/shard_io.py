@@ -21,12 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from adapt_pruner.checkpoint import (
-    FLOAT_DTYPES,
     INDEX_NAME,
     WEIGHTS_NAME,
     CheckpointError,
-    header_text,
     read_header,
+    weights_layout,
     write_json,
 )
 
@@ -136,21 +135,15 @@ def _spread(tensors: Sequence[NewTensor], max_bytes: int) -> list[list[NewTensor
 
 def _write_shard(path: Path, tensors: Sequence[NewTensor]) -> dict[str, Any]:
     """Writes a file and returns its checksums."""
-    # Its own writer's order: larger and then wider dtypes first, so that all are aligned.
-    ordered = sorted(tensors, key=lambda tensor: (-FLOAT_DTYPES.index(tensor.dtype), tensor.name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in ordered:
-        start, end = end, end + tensor.num_bytes
-        header[tensor.name] = {
-            "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]
-        }  # fmt: skip
-    text = header_text(header)
+    text, starts = weights_layout({t.name: (t.dtype, t.shape) for t in tensors})
+    by_name = {tensor.name: tensor for tensor in tensors}
+    ordered = [by_name[name] for name in starts]
+    end = sum(tensor.num_bytes for tensor in tensors)
     head = len(text).to_bytes(8, "little") + text
     with path.open("wb") as file:
         file.write(head)
         file.truncate(len(head) + end)
-    parts = [(len(head) + header[t.name]["data_offsets"][0], t.pieces()) for t in ordered]
+    parts = [(len(head) + starts[t.name], t.pieces()) for t in ordered]
     for tensor, (_, pieces) in zip(ordered, parts, strict=True):
         got = sum(piece.num_bytes for piece in pieces)
         assert got == tensor.num_bytes, f"{tensor.name}: pieces of {got} bytes, expected {tensor.num_bytes}"

@@ -16,9 +16,10 @@ from torch import Tensor
 from adapt_pruner.checkpoint import DTYPE_BYTES, Checkpoint, CheckpointError, TensorInfo
 from adapt_pruner.families import UnitTensor
 from adapt_pruner.plan import Indices
+from adapt_pruner.saving import DTYPE_NAMES
 from adapt_pruner.surgery import gather_members
 
-TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 KeptMembers = tuple[Sequence[UnitTensor], Indices]  # as `plan.pruned_members` has them
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from adapt_pruner.apply import apply_plan
-from adapt_pruner.checkpoint import WEIGHTS_NAME, config_hash, header_text, open_checkpoint
+from adapt_pruner.checkpoint import WEIGHTS_NAME, config_hash, open_checkpoint, weights_layout
 from adapt_pruner.families import LLAMA, layer_widths, unit_counts
 from adapt_pruner.plan import PruningPlan
 
@@ -59,11 +59,8 @@ def make_model(directory: Path, gigabytes: float, seed: int) -> None:
     bytes_of = lambda shapes: 2 * sum(int(np.prod(shape)) for shape in shapes.values())  # noqa: E731
     layers = max(1, round((gigabytes * 1e9 - bytes_of(shapes)) / bytes_of(layer)))
     shapes |= {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in sorted(shapes.items()):
-        start, end = end, end + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
-    text = header_text(header)
+    text, _ = weights_layout({name: ("BF16", shape) for name, shape in shapes.items()})
+    end = bytes_of(shapes)
     draw = np.random.default_rng(seed)
     directory.mkdir(parents=True)
     with (directory / WEIGHTS_NAME).open("wb") as file:

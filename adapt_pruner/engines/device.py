@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,13 +51,6 @@ def available_memory(device: torch.device) -> int:
         if limit.exists() and (value := limit.read_text().strip()).isdigit():
             free = min(free, int(value) - int(used.read_text()))
     return max(0, free)
-
-
-def return_freed_memory() -> None:
-    """Gives what the process has freed back to the system, where glibc would keep it between other blocks."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 _CGROUP_FILES = (

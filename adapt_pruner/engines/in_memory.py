@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from adapt_pruner.budget import Counts, UnitBudget
+from adapt_pruner.budget import Counts, UnitBudget, model_budget
 from adapt_pruner.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -33,8 +33,6 @@ from adapt_pruner.families import (
     MlpGranularity,
     find_family,
     layer_widths,
-    removal_counts,
-    unit_costs,
 )
 from adapt_pruner.kernels.backends import choose_backend
 from adapt_pruner.plan import Indices
@@ -134,8 +132,7 @@ class InMemoryEngine:
     def budget(self, initial: Counts) -> UnitBudget:
         """Units and their cost in parameters now; `initial` are the units of the original model."""
         shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
-        costs = unit_costs(self.family, self.widths, shapes)
-        return UnitBudget(initial, removal_counts(self.family, self.widths), costs, self.num_parameters)
+        return model_budget(self.family, self.widths, shapes, initial)
 
     def score(
         self,

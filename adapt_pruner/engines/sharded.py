@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig
 
-from adapt_pruner.budget import Counts, UnitBudget
+from adapt_pruner.budget import Counts, UnitBudget, model_budget
 from adapt_pruner.checkpoint import Checkpoint
 from adapt_pruner.config import PruneConfig
 from adapt_pruner.engines.device import resolve_device
@@ -25,8 +25,6 @@ from adapt_pruner.families import (
     LayerWidths,
     find_family,
     layer_widths,
-    removal_counts,
-    unit_costs,
 )
 from adapt_pruner.kernels.backends import choose_backend
 from adapt_pruner.modeling import register
@@ -80,8 +78,7 @@ class ShardedEngine:
     def budget(self, initial: Counts) -> UnitBudget:
         """Units and their cost in parameters now; `initial` are the units of the original model."""
         shapes = {name: tuple(p.shape) for name, p in named_tensors(self.model).items()}
-        costs = unit_costs(self.family, self.widths, shapes)
-        return UnitBudget(initial, removal_counts(self.family, self.widths), costs, self.num_parameters)
+        return model_budget(self.family, self.widths, shapes, initial)
 
     def score(
         self,

@@ -103,11 +103,7 @@ def prune_sharded(
     Returns:
         The pruned model, of the class that it has on disk, whose gradients are sums too, and its widths.
     """
-    pruned = []
-    for layer, layer_keep in zip(widths, keep, strict=True):
-        for kind in family.kinds_in(layer):
-            layer = kind.resized(layer, len(layer_keep[kind.name]))
-        pruned.append(layer)
+    pruned = tuple(family.kept_widths(layer, units) for layer, units in zip(widths, keep, strict=True))
     before = named_tensors(model)
     members = pruned_members(keep, family, widths, before)
     weight = next(iter(before.values()))
@@ -124,7 +120,7 @@ def prune_sharded(
             value = distribute_tensor(whole, mesh, placements, src_data_rank=None)
         _put(smaller, name, value)
     smaller.tie_weights()
-    return smaller, tuple(pruned)
+    return smaller, pruned
 
 
 def _empty_model(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapt_pruner.budget import Counts, UnitBudget
+from adapt_pruner.budget import Counts, UnitBudget, model_budget
 from adapt_pruner.checkpoint import Checkpoint
 from adapt_pruner.config import PruneConfig
 from adapt_pruner.engines.device import available_memory, resolve_device
@@ -20,8 +20,6 @@ from adapt_pruner.families import (
     LayerWidths,
     find_family,
     layer_widths,
-    removal_counts,
-    unit_costs,
     unit_counts,
 )
 from adapt_pruner.kernels.backends import choose_backend
@@ -99,8 +97,7 @@ class StreamingEngine:
 
     def budget(self, initial: Counts) -> UnitBudget:
         """Units and their cost in parameters now; `initial` are the units of the original model."""
-        costs = unit_costs(self.family, self.widths, self._shapes())
-        return UnitBudget(initial, removal_counts(self.family, self.widths), costs, self.num_parameters)
+        return model_budget(self.family, self.widths, self._shapes(), initial)
 
     def score(
         self,
@@ -158,12 +155,9 @@ class StreamingEngine:
             others: None, as there is no compensation.
         """
         assert not any(others.get(what) for what in ("grams", "means")), "compensation is refused before"
-        widths = []
-        for layer, layer_keep in zip(self.widths, keep, strict=True):
-            for kind in self.family.kinds_in(layer):
-                layer = kind.resized(layer, len(layer_keep[kind.name]))
-            widths.append(layer)
-        self.widths = tuple(widths)
+        self.widths = tuple(
+            self.family.kept_widths(layer, units) for layer, units in zip(self.widths, keep, strict=True)
+        )
         self._keep = tuple(
             {kind: old[kind][new[kind]] for kind in old} for old, new in zip(self._keep, keep, strict=True)
         )

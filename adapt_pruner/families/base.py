@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -211,6 +211,12 @@ class Family:
     def kinds_in(self, widths: LayerWidths) -> tuple[UnitKind, ...]:
         """The unit kinds of a layer of these widths."""
         return tuple(kind for kind in self.unit_kinds if kind.is_in(widths))
+
+    def kept_widths(self, widths: LayerWidths, keep: Mapping[str, Sized]) -> LayerWidths:
+        """Widths of a layer of which, per unit kind, these units stay."""
+        for kind in self.kinds_in(widths):
+            widths = kind.resized(widths, len(keep[kind.name]))
+        return widths
 
     def unit_tensors(
         self, kind: UnitKind, layer: int, widths: LayerWidths, available: Collection[str]

@@ -50,10 +50,10 @@ from adapt_pruner.recovery.training_state import save_training_state
 from adapt_pruner.run import RunDirectory
 from adapt_pruner.saving import save_model
 from adapt_pruner.sharding import join_processes, make_mesh, shard, together, world
+from adapt_pruner.tensor_reader import TORCH_DTYPES
 
 CHECKPOINTS = "checkpoints"
 KEPT_STATE = "training_state"
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # What would take a training out of our hands, or have no effect in them.
 _NOT_OURS = {
     "auto_find_batch_size", "bf16_full_eval", "data_seed", "deepspeed", "eval_on_start", "fp16",
@@ -414,7 +414,7 @@ def _save(
             write_json(run.metrics, metrics)
     model = merge_adapters(trainer.model) if config.lora_rank else trainer.model
     model.config.use_cache = checkpoint.config.get("use_cache", True)  # which the Trainer turns off
-    dtype = _DTYPES[summarize(checkpoint.directory).dtype]
+    dtype = TORCH_DTYPES[summarize(checkpoint.directory).dtype]
     save_model(run.model, model, dtype=dtype, side_files=checkpoint.directory)
     with together():
         if first:

@@ -7,6 +7,7 @@ unchanged: what a layer is called with (masks, positions) is then seen without k
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adapt_pruner.engines.device import return_freed_memory
 from adapt_pruner.families import Family
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class LayerwiseModel:
                 with _filled(self.layers[layer], weights):
                     del weights
                     yield layer
-                return_freed_memory()  # or blocks of earlier layers would add up
+                _return_freed_memory()  # or blocks of earlier layers would add up
 
     def parameters(self, layer: int) -> dict[str, nn.Parameter]:
         """Those of a layer, by their names in the model."""
@@ -219,3 +219,10 @@ def _put(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, parameter)
+
+
+def _return_freed_memory() -> None:
+    """Gives what the process has freed back to the system, where glibc would keep it between other blocks."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

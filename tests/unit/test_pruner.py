@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,15 +268,15 @@ def test_fused_and_materialised_gradients_give_the_same_plan(settings, tmp_path,
 
 
 KILLED = """
-import os, signal, sys
+import signal, sys
 from dataclasses import replace
 import yaml
 from adapt_pruner import pruner
 from adapt_pruner.config import PruneConfig
-from adapt_pruner.modeling import register
 from adapt_pruner.run import RunDirectory
 
-register()  # imports the model classes once, for all children
+sys.path.append(sys.argv[1])
+from dying import child
 import matplotlib.backends.backend_agg, matplotlib.figure
 
 DYING = {
@@ -285,42 +286,28 @@ DYING = {
     "engine": (pruner.InMemoryEngine, "save"),
 }
 
-# Children are forked from a process that has only imported: no thread pool exists yet.
-def child(config, place, count):
-    if os.fork():
-        return os.wait()[1]
-    if place:
-        owner, name = DYING[place]
-        original, calls = getattr(owner, name), []
-
-        def dying(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == count:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        setattr(owner, name, dying)
-    pruner.prune(config)
-    os._exit(0)
-
 config = PruneConfig(**yaml.safe_load(sys.stdin))
-assert child(config, None, 0) == 0
+assert child(config) == 0
 for place, count in [("iteration", 1), ("iteration", 2), ("iteration", 4), ("plot", 1), ("engine", 1),
                      ("finish", 1)]:
     killed = replace(config, output=f"{config.output}-{place}-{count}")
-    assert child(killed, place, count) == signal.SIGKILL, (place, count)
+    assert child(killed, DYING[place], count) == signal.SIGKILL, (place, count)
     resumed = replace(killed, resume=True)
     if (place, count) == ("iteration", 4):  # killed again while it resumes
-        assert child(resumed, "iteration", 1) == signal.SIGKILL
-    assert child(resumed, None, 0) == 0, (place, count)
-    assert child(resumed, None, 0) == 0, "a complete run is left as it is"
+        assert child(resumed, DYING["iteration"], 1) == signal.SIGKILL
+    assert child(resumed) == 0, (place, count)
+    assert child(resumed) == 0, "a complete run is left as it is"
 """
 
 
 def test_killed_anywhere_and_resumed_gives_the_same_bytes(settings, tmp_path):
     config = yaml.safe_dump(dataclasses.asdict(settings("llama", target=0.6)))
     done = subprocess.run(
-        [sys.executable, "-c", KILLED], input=config, capture_output=True, text=True, timeout=500
+        [sys.executable, "-c", KILLED, str(Path(__file__).parents[1])],
+        input=config,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     runs = sorted(p for p in tmp_path.glob("run*") if p.is_dir())

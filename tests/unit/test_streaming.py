@@ -367,17 +367,16 @@ def test_nothing_but_what_can_be_scored_layer_by_layer():
 
 
 KILLED = """
-import os, signal, sys
+import signal, sys
 from dataclasses import replace
 import yaml
-from adapt_pruner import pruner
 from adapt_pruner.config import PruneConfig
 from adapt_pruner.engines.streaming import StreamingEngine
-from adapt_pruner.modeling import register
 from adapt_pruner.run import RunDirectory
 from adapt_pruner.scoring import streamed
 
-register()  # imports the model classes once, for all children
+sys.path.append(sys.argv[1])
+from dying import child
 
 DYING = {
     "iteration": (RunDirectory, "save_iteration"),
@@ -388,38 +387,24 @@ DYING = {
     "save": (StreamingEngine, "save"),
 }
 
-# Children are forked from a process that has only imported: no thread pool exists yet.
-def child(config, place, count):
-    if os.fork():
-        return os.wait()[1]
-    if place:
-        owner, name = DYING[place]
-        original, calls = getattr(owner, name), []
-
-        def dying(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == count:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        setattr(owner, name, dying)
-    pruner.prune(config)
-    os._exit(0)
-
 config = PruneConfig(**yaml.safe_load(sys.stdin))
-assert child(config, None, 0) == 0
+assert child(config) == 0
 for place, count in [("forward", 2), ("head", 3), ("backward", 6), ("iteration", 2), ("remove", 2),
                      ("save", 1)]:
     killed = replace(config, output=f"{config.output}-{place}")
-    assert child(killed, place, count) == signal.SIGKILL, (place, count)
-    assert child(replace(killed, resume=True), None, 0) == 0, (place, count)
+    assert child(killed, DYING[place], count) == signal.SIGKILL, (place, count)
+    assert child(replace(killed, resume=True)) == 0, (place, count)
 """
 
 
 def test_killed_anywhere_and_resumed_gives_the_same_bytes(settings, tmp_path):
     config = yaml.safe_dump(dataclasses.asdict(settings("llama", engine="streaming", memory="20KB")))
     done = subprocess.run(
-        [sys.executable, "-c", KILLED], input=config, capture_output=True, text=True, timeout=500
+        [sys.executable, "-c", KILLED, str(Path(__file__).parents[1])],
+        input=config,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     runs = sorted(p for p in tmp_path.glob("run*") if p.is_dir())
