@@ -139,6 +139,7 @@ class LayerwiseModel:
         """The final norm, the head and the loss, for as long as the head's weight is there: `_loss`."""
         with _filled(self._head, {"weight": self._read(self._head_name)}):
             yield self._loss
+        _return_freed_memory()
 
     def _loss(
         self, hidden: Tensor, sequences: Tensor, labels: int, with_gradient: bool
