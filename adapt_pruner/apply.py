@@ -102,14 +102,15 @@ def apply_plan(
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """One tensor of the base checkpoint, and what the plan leaves of it: all of it without `members`."""
+class KeptTensor:
+    """One tensor of a checkpoint, and what pruning leaves of it: all of it without `members`."""
 
     info: TensorInfo
     members: Sequence[UnitTensor] = ()
     keep: Indices | None = None
 
     def as_new(self, name: str) -> NewTensor:
+        """What `write_shards` needs to write it under a name."""
         shape = self._shape()
         num_bytes = math.prod(shape) * DTYPE_BYTES[self.info.dtype]
         return NewTensor(name, self.info.dtype, shape, num_bytes, self._pieces)
@@ -179,7 +180,7 @@ def _piece(info: TensorInfo, offset: int, matrix: Sequence[int], dim: int, runs:
 
 def _kept_tensors(
     plan: PruningPlan, checkpoint: Checkpoint, family: Family, base: Sequence[LayerWidths]
-) -> dict[str, _Kept]:
+) -> dict[str, KeptTensor]:
     """What the plan leaves, under the names in the pruned model."""
     pruned = pruned_members(plan.keep_indices, family, base, checkpoint.tensors)
     names = {name: name for name in checkpoint.tensors}
@@ -190,7 +191,7 @@ def _kept_tensors(
                 _renumber_experts(names, members, keep[kind.name])
     _renumber_layers(names, plan, family)
     return {
-        name: _Kept(checkpoint.tensors[base_name], *pruned.get(base_name, ()))
+        name: KeptTensor(checkpoint.tensors[base_name], *pruned.get(base_name, ()))
         for base_name, name in names.items()
     }
 

@@ -38,6 +38,7 @@ def save_model(
     dtype: torch.dtype | None = None,
     side_files: Path | None = None,
     read: Callable[[str], Tensor] | None = None,
+    write: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a model that may be sharded as an ordinary checkpoint; no rank holds more than one whole tensor.
 
@@ -49,6 +50,7 @@ def save_model(
         dtype: of the saved weights; None keeps theirs, which is fp32 under mixed precision.
         side_files: a model directory whose tokenizer files are copied.
         read: gives a tensor of the model by its name, if they have no memory in it.
+        write: writes the files of weights into a directory, in place of both.
     Raises:
         ValueError: the tensors are not those of the model's config, or `dtype` cannot be saved.
         FileExistsError: `directory` is not empty. OSError: it could not be written.
@@ -72,7 +74,10 @@ def save_model(
                 twin.save_pretrained(partial, state_dict={})  # everything but the weights
                 if side_files is not None:
                     copy_side_files(side_files, partial)
-                _write_weights(partial, twin, whole)
+                if write is not None:
+                    write(partial)
+                else:
+                    _write_weights(partial, twin, whole)
         finally:
             for _ in whole if read is None else ():  # every rank takes part in every tensor, whatever fails
                 pass

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adapt_pruner.apply import KeptTensor
 from adapt_pruner.budget import Counts, UnitBudget, model_budget
 from adapt_pruner.checkpoint import Checkpoint
 from adapt_pruner.config import PruneConfig
@@ -24,13 +25,15 @@ from adapt_pruner.families import (
 )
 from adapt_pruner.kernels.backends import choose_backend
 from adapt_pruner.plan import Indices, pruned_members
-from adapt_pruner.saving import save_model
+from adapt_pruner.saving import DTYPE_NAMES, save_model
 from adapt_pruner.scoring import Scores
 from adapt_pruner.scoring.estimators import ESTIMATORS, TAYLOR_FIRST, Estimator, GqaCredit
 from adapt_pruner.scoring.gradients import Gradients
 from adapt_pruner.scoring.layers import Metric
 from adapt_pruner.scoring.layerwise import LayerwiseModel
 from adapt_pruner.scoring.streamed import score_streamed, streamable
+from adapt_pruner.shard_io import write_shards
+from adapt_pruner.sharding import named_tensors
 from adapt_pruner.tensor_reader import TORCH_DTYPES, KeptMembers, TensorReader, require_fit
 
 if TYPE_CHECKING:
@@ -164,13 +167,24 @@ class StreamingEngine:
         self._build()
 
     def save(self, directory: Path) -> None:
-        """Writes the model with its tokenizer files, one tensor at a time; appears complete or not at all."""
+        """Writes the model with its tokenizer files; it appears complete or not at all.
+
+        File to file where the checkpoint has the dtype, else one tensor at a time.
+        """
+        stored = {name: self.checkpoint.tensors[name] for name in named_tensors(self.model)}
+
+        def copy(partial: Path) -> None:
+            kept = {name: KeptTensor(info, *self._members.get(name, ())) for name, info in stored.items()}
+            write_shards(partial, [tensor.as_new(name) for name, tensor in kept.items()])
+
+        as_it_is = {info.dtype for info in stored.values()} == {DTYPE_NAMES.get(self._dtype)}
         save_model(
             directory,
             self.model,
             dtype=self._dtype,
             side_files=self.checkpoint.directory,
             read=self._read,
+            write=copy if as_it_is else None,
         )
 
     def _build(self) -> None:
