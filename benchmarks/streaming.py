@@ -5,6 +5,8 @@ Several that differ in their number of layers alone, or one of the size of Llama
     python benchmarks/streaming.py --layers 12,24,48 [--hidden 1024] [--page docs/results-streaming.md]
     python benchmarks/streaming.py --shape llama-3.1-8b [--page docs/results-streaming.md]
 
+The page of the latter also has what larger models of benchmarks/configs would take at the same rate.
+
 Each is generated layer by layer with random weights, pruned in one iteration by a process of its own and,
 with --shape, its plan is applied to the checkpoint by another. Memory is the peak of what is resident above
 that of the process once it has pruned a model of two small layers, which imports and starts everything. It
@@ -60,6 +62,8 @@ class Shape:
         return numel * DTYPES[self.dtype].itemsize
 
 
+CONFIGS = Path(__file__).parent / "configs"
+LARGER = ("llama-3.1-70b", "llama-3.1-405b")
 SHAPES = {"llama-3.1-8b": Shape(32, 4096, 14336, 32, 8, 128256, "bf16")}
 
 
@@ -174,19 +178,27 @@ def prune_one(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def apply_one(options: argparse.Namespace) -> dict[str, Any]:
-    from adapt_pruner import PruningPlan, apply_plan
+APPLY = """
+import pathlib, sys
+from adapt_pruner.apply import apply_plan
+from adapt_pruner.plan import PruningPlan
+apply_plan(PruningPlan.load(sys.argv[1]), sys.argv[2], sys.argv[3])
+assert "torch" not in sys.modules
+print(pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+"""
 
-    plan = PruningPlan.load(options.directory / "pruned")
-    before = peak_memory(reset=True)
+
+def apply_one(options: argparse.Namespace) -> dict[str, Any]:
+    """Applies the plan of the run in a process of its own: its seconds and peak."""
+    places = [options.directory / name for name in ("pruned/plan.json", "model", "applied")]
     started = time.perf_counter()
-    apply_plan(plan, options.directory / "model", options.directory / "applied")
-    written = sum(file.stat().st_size for file in (options.directory / "applied").glob("*.safetensors"))
+    done = subprocess.run(
+        [sys.executable, "-c", APPLY, *map(str, places)], check=True, capture_output=True, text=True
+    )
     return {
-        "peak_bytes": peak_memory() - before,
-        "process_peak_bytes": peak_memory(),
+        "process_peak_bytes": int(done.stdout) * 1024,
         "seconds": round(time.perf_counter() - started, 2),
-        "bytes_written": written,
+        "bytes_written": sum(file.stat().st_size for file in places[-1].glob("*.safetensors")),
     }
 
 
@@ -230,25 +242,27 @@ def measure(shape: Shape, options: argparse.Namespace, *, apply: bool) -> dict[s
         **dataclasses.asdict(shape),
         "bytes_on_disk": shape.num_bytes,
         "tokens": options.sequences * options.length,
+        "length": options.length,
         "micro_batch_tokens": min(options.micro_batch_size, options.sequences) * options.length,
         "memory": options.memory,
         "threads": torch.get_num_threads(),
-        **_in_process(options, "prune"),
+        **_in_process(options),
         "bound_bytes": sum(parts.values()),
         "bound": parts,
     }
     row["ratio"] = round(row["peak_bytes"] / row["bound_bytes"], 3)
     row["seconds_per_layer"] = round(row["iteration_seconds"]["score"] / shape.layers, 4)
     if apply:
-        row["apply"] = _in_process(options, "apply")
+        row["apply"] = apply_one(options)
     for name in ("model", "small", "pruned", "small-pruned", "applied"):
         shutil.rmtree(options.directory / name, ignore_errors=True)
     return row
 
 
-def _in_process(options: argparse.Namespace, what: str) -> dict[str, Any]:
+def _in_process(options: argparse.Namespace) -> dict[str, Any]:
+    """What `prune_one` gives, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], "--do", what, "--directory", str(options.directory)],
+        [sys.executable, __file__, *sys.argv[1:], "--prune", "--directory", str(options.directory)],
         capture_output=True,
         text=True,
     )
@@ -308,7 +322,54 @@ def write_page(path: Path, results: dict[str, Any]) -> None:
                     f"its process took {applied['process_peak_bytes'] / 1e9:.2f} GB at most.",
                 ]
         lines.append("")
+        if name in SHAPES:
+            lines += [*predictions(name, rows[0]), ""]
     path.write_text("\n".join(lines))
+
+
+def predictions(name: str, row: dict[str, Any]) -> list[str]:
+    """What `plan-memory` says of this model and larger ones, at the rate of arithmetic measured with it."""
+    from adapt_pruner.config import PlanMemoryConfig
+    from adapt_pruner.memory_plan import MachineRates, plan_memory
+
+    plans = {}
+    for config in (name, *LARGER):
+        settings = PlanMemoryConfig(
+            str(CONFIGS / f"{config}.json"),
+            iterations=1,
+            num_sequences=row["tokens"] // row["length"],
+            sequence_length=row["length"],
+            micro_batch_size=row["micro_batch_tokens"] // row["length"],
+            memory=row["memory"],
+            dtype=row["dtype"],
+            device="cpu",
+        )
+        plan = plan_memory(settings, rates=MachineRates(1.0, 1.0, 0))
+        plans[config] = plan, next(each for each in plan.engines if each.engine == "streaming")
+    measured, seconds = plans[name][1], row["iteration_seconds"]["score"]
+    rate = measured.flops_per_iteration / seconds
+    lines = [
+        f"Scoring reached {rate / 1e9:.0f} GFLOP/s, and read {row['weight_bytes_read'] / 1e9:.1f} GB of weights. "
+        f"`plan-memory` predicts, and at that rate it takes, with the same settings on the same machine:",
+        "",
+        "| model | on disk | PFLOP | read and moved GB | memory GB | hours of scoring | disk MB/s needed | hours of `apply` |",
+        "|" + " --- |" * 8,
+    ]  # fmt: skip
+    for config, (plan, engine) in plans.items():
+        hours = engine.flops_per_iteration / rate / 3600
+        apply_hours = row["apply"]["seconds"] * plan.weight_bytes / row["bytes_on_disk"] / 3600
+        cells = (
+            config, f"{plan.weight_bytes / 1e9:.0f} GB", f"{engine.flops_per_iteration / 1e15:.2f}",
+            f"{engine.bytes_per_iteration / 1e9:.0f}", f"{engine.memory_bytes / 1e9:.1f}", f"{hours:.2f}",
+            f"{engine.bytes_per_iteration / hours / 3600 / 1e6:.0f}", f"{apply_hours:.3f}",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    peak = row["peak_bytes"] / 1e9
+    return [
+        *lines,
+        "",
+        f"Measured for {name}: {peak:.1f} GB of memory above imports, {seconds / 3600:.2f} hours.",
+    ]
 
 
 def main() -> None:
@@ -329,10 +390,10 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="where the models go; a temporary one if not given")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path)
-    parser.add_argument("--do", choices=("prune", "apply"), help=argparse.SUPPRESS)
+    parser.add_argument("--prune", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.do:
-        print(json.dumps({"prune": prune_one, "apply": apply_one}[options.do](options)))
+    if options.prune:
+        print(json.dumps(prune_one(options)))
         return
     names = ("hidden", "intermediate", "heads", "kv_heads", "vocabulary", "dtype")
     own = {name: getattr(options, name) for name in names}

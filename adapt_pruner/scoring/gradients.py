@@ -19,6 +19,7 @@ from adapt_pruner.kernels import UnitSet
 
 Gradients = Literal["auto", "fused", "materialised"]
 UnitTensors = tuple[UnitTensor, ...]  # the members of one unit kind in one layer
+_CONVERTED_AT_ONCE = 2**20  # elements
 Importance = Callable[[], list[Tensor]]  # for each unit kind of each layer, [units]
 
 
@@ -208,11 +209,20 @@ def adder(sums: dict[str, Tensor], *, one_pass: bool) -> Callable[[str, Tensor],
 
     def add(name: str, gradient: Tensor) -> None:
         if name in sums:
-            sums[name].add_(gradient)
+            _add_to(sums[name], gradient)
         else:
             sums[name] = gradient if one_pass else gradient.float()
 
     return add
+
+
+def _add_to(total: Tensor, gradient: Tensor) -> None:
+    """`add_`, in which torch on the CPU would first convert all of a gradient of another dtype."""
+    at_once = len(total)
+    if total.device.type == "cpu" and total.dtype != gradient.dtype:
+        at_once = max(1, len(total) * _CONVERTED_AT_ONCE // total.numel())
+    for part, more in zip(total.split(at_once), gradient.split(at_once), strict=True):
+        part.add_(more)
 
 
 @contextlib.contextmanager
