@@ -29,6 +29,7 @@ from adapt_pruner.data import TokenizedDocuments
 from adapt_pruner.engines import Engine, InMemoryEngine
 from adapt_pruner.engines.choice import Choice, choose_engine, require_engine
 from adapt_pruner.engines.device import deterministic, peak_memory, resolve_device
+from adapt_pruner.engines.streaming import StreamingEngine
 from adapt_pruner.families import Family, find_family, layer_widths, unit_counts
 from adapt_pruner.iteration import iterate
 from adapt_pruner.latency import Latency, usage
@@ -188,17 +189,19 @@ def prune(
     if RunDirectory(output).complete:
         return _result(RunDirectory(output))
     resolve_device(config.device)
-    require_free_space(output, saved_bytes(config, estimator, checkpoint, family, target))
+    saved = saved_bytes(config, estimator, checkpoint, family, target)
+    require_free_space(output, saved)
     tokens = calibration_tokens(config, checkpoint)
     state = RunDirectory(output).load_state()
-    choice = choose_engine(
-        config, estimator, checkpoint, family, before=state.get("engine") if state else None
-    )
+    choice = choose_engine(config, estimator, checkpoint, family, before=RunDirectory(output).engine)
     if config.engine == "auto":
         logger.info("engine %s: %s", *choice)
     engine = _engine(
         config, checkpoint, choice.engine, output_biases=config.compensation == "bias" and removes
     )
+    if isinstance(engine, StreamingEngine):
+        assert config.num_sequences is not None  # resolved
+        require_free_space(output, saved + engine.disk_bytes(config.num_sequences, config.sequence_length))
     latency = None
     if config.target_latency is not None:
         assert isinstance(engine, InMemoryEngine)
@@ -207,6 +210,7 @@ def prune(
     with together():
         if world().rank == 0:
             run = RunDirectory.open(output, config, resume=config.resume)
+            run.keep_engine(choice.engine)
     try:
         _prune(setup, run, engine, choice, tokens, resources, latency, progress, on_iteration)
         return _result(run)
@@ -223,8 +227,6 @@ def _engine(config: PruneConfig, checkpoint: Checkpoint, name: str, *, output_bi
 
         return ShardedEngine(checkpoint, granularity=granularity, **where)
     if name == "streaming":
-        from adapt_pruner.engines.streaming import StreamingEngine
-
         output = Path(config.output)
         return StreamingEngine(
             checkpoint,
@@ -335,7 +337,7 @@ def _prune(
                         for old, new in zip(plan.keep_indices, keep, strict=True)
                     ),
                 )
-            state = {"sparsity": sparsity.tolist(), "plan": plan.to_json(), "engine": choice.engine}
+            state = {"sparsity": sparsity.tolist(), "plan": plan.to_json()}
             run.save_iteration(
                 iteration,
                 record,

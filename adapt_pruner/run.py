@@ -28,7 +28,7 @@ _FREE_TO_CHANGE = ("output", "resume", "memory")
 class RunDirectory:
     """Layout: config.yaml environment.json log.jsonl metrics.json plan.json iterations/ model/ state/.
 
-    `state/` exists from the first finished iteration until the run is complete; `model/` appears by rename.
+    `state/` exists until the run is complete; `model/` appears by rename.
     `state/tensors-NNN.safetensors` belongs to iteration NNN of `state/progress.json`, and no other is read.
     """
 
@@ -39,6 +39,7 @@ class RunDirectory:
         self.plan = path / "plan.json"
         self.metrics = path / "metrics.json"
         self._state = path / "state" / "progress.json"
+        self._engine = path / "state" / "engine"
         self._lock: int | None = None
 
     @classmethod
@@ -170,6 +171,16 @@ class RunDirectory:
     def _tensors(self, number: int) -> Path:
         return self._state.parent / f"tensors-{number:03}.safetensors"
 
+    def keep_engine(self, name: str) -> None:
+        """Records which engine prunes, before it does."""
+        self._state.parent.mkdir(exist_ok=True)
+        write_text(self._engine, name)
+
+    @property
+    def engine(self) -> str | None:
+        """The one that an unfinished run was begun with, if it got so far."""
+        return self._engine.read_text(encoding="utf-8") if self._engine.exists() else None
+
     def load_state(self) -> dict[str, Any] | None:
         """State after the last finished iteration, or None if there is none."""
         if not self._state.exists():
@@ -184,7 +195,8 @@ class RunDirectory:
 
     def finish(self) -> None:
         """Removes what only a resume needs."""
-        shutil.rmtree(self.path / "state", ignore_errors=True)
+        self._state.unlink(missing_ok=True)  # first: the tensors beside it go in any order
+        shutil.rmtree(self._state.parent, ignore_errors=True)
 
 
 class FollowedRun(RunDirectory):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from adapt_pruner.saving import DTYPE_NAMES
 from adapt_pruner.surgery import gather_members
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_ELEMENTS_AT_ONCE = 2**22
 KeptMembers = tuple[Sequence[UnitTensor], Indices]  # as `plan.pruned_members` has them
 
 
@@ -44,17 +45,19 @@ class TensorReader:
         Args:
             kept: the members in it that belong to units, and the units that stay; None for all of it.
         Raises:
-            CheckpointError: the file ends early, or a value is NaN or infinite.
+            CheckpointError: the file ends early, or a value is NaN or infinite in this dtype.
         """
         info = self._checkpoint.tensors[name]
-        tensor = self._read_range(info, 0, info.numel).view(info.shape)
-        self._require_finite(name, tensor)
+        tensor = self._read_range(info, 0, info.numel).view(info.shape).to(self._dtype)
+        if name not in self._finite:
+            self._require_finite(name, tensor)
+            self._finite.add(name)
         if kept is not None:
             members, keep = kept
             # On the CPU, whatever the device is: the whole tensor need not fit there.
             backend = self._backend if self._device.type == "cpu" else "auto"
             tensor = gather_members({name: tensor}, members, keep, backend=backend)[name]
-        return tensor.to(self._device, self._dtype)
+        return tensor.to(self._device)
 
     def read_rows(self, name: str, rows: Tensor) -> Tensor:
         """Some rows of a matrix: [len(rows), columns].
@@ -62,7 +65,7 @@ class TensorReader:
         Args:
             rows: ascending int64.
         Raises:
-            ValueError: the matrix has no such row. CheckpointError: as of `read`.
+            ValueError: the matrix has no such row. CheckpointError: the file ends early.
         """
         info = self._checkpoint.tensors[name]
         count, columns = info.shape
@@ -73,10 +76,20 @@ class TensorReader:
         parts = [
             self._read_range(info, int(run[0]) * columns, len(run) * columns) for run in runs if len(run)
         ]
-        tensor = torch.cat(parts).view(-1, columns)
-        if not tensor.isfinite().all():
-            raise CheckpointError(f"{self._checkpoint.directory}: {name} has values that are NaN or infinite")
-        return tensor.to(self._device, self._dtype)
+        return torch.cat(parts).view(-1, columns).to(self._device, self._dtype)
+
+    def require_finite(self, names: Iterable[str]) -> None:
+        """Looks at tensors that have not been read whole so far, a part at a time.
+
+        Raises:
+            CheckpointError: as of `read`.
+        """
+        for name in names:
+            info = self._checkpoint.tensors[name]
+            for first in range(0, 0 if name in self._finite else info.numel, _ELEMENTS_AT_ONCE):
+                numel = min(_ELEMENTS_AT_ONCE, info.numel - first)
+                self._require_finite(name, self._read_range(info, first, numel).to(self._dtype))
+            self._finite.add(name)
 
     def _read_range(self, info: TensorInfo, first: int, numel: int) -> Tensor:
         """Consecutive elements of a tensor: [numel], in the dtype of the file."""
@@ -90,16 +103,13 @@ class TensorReader:
         return tensor
 
     def _require_finite(self, name: str, tensor: Tensor) -> None:
-        """Looks at each tensor the first time it is read, without a temporary of its size."""
-        if name in self._finite or tensor.numel() == 0:
-            return
-        if not torch.stack(tensor.aminmax()).isfinite().all():
+        """Without a temporary of the size of the tensor."""
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             count = int((~tensor.isfinite()).sum())
             raise CheckpointError(
                 f"{self._checkpoint.directory}: {count} of {tensor.numel()} values of {name} are NaN or "
-                "infinite"
+                f"infinite in {self._dtype}"
             )
-        self._finite.add(name)
 
 
 def read_into(tensor: Tensor, file: int, offset: int) -> bool:

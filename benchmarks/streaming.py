@@ -2,8 +2,8 @@
 
 Several that differ in their number of layers alone, or one of the size of Llama 3.1 8B:
 
-    python benchmarks/streaming.py --layers 12,24,48 [--hidden 1024] [--page docs/results-streaming.md]
-    python benchmarks/streaming.py --shape llama-3.1-8b [--page docs/results-streaming.md]
+    python benchmarks/streaming.py --layers 12,24,48 --rounds 3 --page docs/results-streaming.md
+    python benchmarks/streaming.py --shape llama-3.1-8b --page docs/results-streaming.md
 
 The page of the latter also has what larger models of benchmarks/configs would take at the same rate.
 
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,20 +205,21 @@ def apply_one(options: argparse.Namespace) -> dict[str, Any]:
 def bound(shape: Shape, options: argparse.Namespace) -> dict[str, int]:
     """The parts of the bound, in bytes."""
     from adapt_pruner.config import parse_bytes
+    from adapt_pruner.engines.choice import activation_bytes
+    from adapt_pruner.families import LayerWidths
     from adapt_pruner.scoring.layerwise import CHUNK_BYTES
 
     size = DTYPES[shape.dtype].itemsize
     micro = min(options.micro_batch_size, options.sequences)
     tokens = micro * options.length
-    per_token = 8 * shape.hidden + 4 * shape.intermediate + 4 * shape.hidden
-    norms = 0 if size == 4 else 4 * 4 * shape.hidden  # what both norms keep of a token in fp32
+    widths = LayerWidths(shape.heads, shape.kv_heads, shape.intermediate, shape.hidden // shape.heads)
     chunk = min(CHUNK_BYTES, 4 * tokens * shape.vocabulary)
     of_gradients = 4 if options.sequences > options.micro_batch_size else size
     return {
         "two_layers": 2 * shape.layer_parameters * size,
         "gradients": shape.layer_parameters * of_gradients,
         "head_chunk": chunk * 3 + chunk * size // 4,
-        "activations": tokens * (per_token * size + norms),
+        "activations": tokens * activation_bytes(widths, shape.hidden, size),
         "budget": parse_bytes("memory", options.memory),
     }
 
@@ -259,6 +260,14 @@ def measure(shape: Shape, options: argparse.Namespace, *, apply: bool) -> dict[s
     return row
 
 
+def median_of(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The round of median time, with the largest peak of all."""
+    rows = sorted(rounds, key=lambda row: row["iteration_seconds"]["score"])
+    largest = max(rows, key=lambda row: row["peak_bytes"])
+    peaks = {name: largest[name] for name in ("peak_bytes", "ratio")}
+    return {**rows[len(rows) // 2], **peaks, "rounds": len(rows)}
+
+
 def _in_process(options: argparse.Namespace) -> dict[str, Any]:
     """What `prune_one` gives, in a process of its own."""
     done = subprocess.run(
@@ -293,7 +302,8 @@ def write_page(path: Path, results: dict[str, Any]) -> None:
             f"Hidden size {first['hidden']}, {first['intermediate']} channels, {first['heads']} heads, "
             f"{first['kv_heads']} KV heads, vocabulary {first['vocabulary']:,}, {first['dtype']}; "
             f"{first['tokens']:,} calibration tokens in micro-batches of {first['micro_batch_tokens']:,}, "
-            f"`--memory {first['memory']}`, {first['threads']} threads.",
+            f"`--memory {first['memory']}`, {first['threads']} threads. Medians of {first.get('rounds', 1)} "
+            "rounds, and the largest peak.",
             "",
             "| " + " | ".join(columns) + " |",
             "|" + " --- |" * len(columns),
@@ -348,27 +358,32 @@ def predictions(name: str, row: dict[str, Any]) -> list[str]:
         plans[config] = plan, next(each for each in plan.engines if each.engine == "streaming")
     measured, seconds = plans[name][1], row["iteration_seconds"]["score"]
     rate = measured.flops_per_iteration / seconds
+    columns = (
+        "model", "on disk", "PFLOP", "read and moved GB", "memory GB", "hours of scoring", "disk MB/s needed",
+        "minutes of `apply`",
+    )  # fmt: skip
     lines = [
-        f"Scoring reached {rate / 1e9:.0f} GFLOP/s, and read {row['weight_bytes_read'] / 1e9:.1f} GB of weights. "
-        f"`plan-memory` predicts, and at that rate it takes, with the same settings on the same machine:",
+        f"Scoring reached {rate / 1e9:.0f} GFLOP/s. What `plan-memory` predicts for this model and larger "
+        "ones with the same settings, and what takes how long at that rate:",
         "",
-        "| model | on disk | PFLOP | read and moved GB | memory GB | hours of scoring | disk MB/s needed | hours of `apply` |",
-        "|" + " --- |" * 8,
-    ]  # fmt: skip
+        "| " + " | ".join(columns) + " |",
+        "|" + " --- |" * len(columns),
+    ]
     for config, (plan, engine) in plans.items():
         hours = engine.flops_per_iteration / rate / 3600
-        apply_hours = row["apply"]["seconds"] * plan.weight_bytes / row["bytes_on_disk"] / 3600
+        apply_minutes = row["apply"]["seconds"] * plan.weight_bytes / row["bytes_on_disk"] / 60
         cells = (
             config, f"{plan.weight_bytes / 1e9:.0f} GB", f"{engine.flops_per_iteration / 1e15:.2f}",
             f"{engine.bytes_per_iteration / 1e9:.0f}", f"{engine.memory_bytes / 1e9:.1f}", f"{hours:.2f}",
-            f"{engine.bytes_per_iteration / hours / 3600 / 1e6:.0f}", f"{apply_hours:.3f}",
+            f"{engine.bytes_per_iteration / hours / 3600 / 1e6:.0f}", f"{apply_minutes:.1f}",
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    peak = row["peak_bytes"] / 1e9
+    moved = row["weight_bytes_read"] + row["boundary_bytes_moved"]
     return [
         *lines,
         "",
-        f"Measured for {name}: {peak:.1f} GB of memory above imports, {seconds / 3600:.2f} hours.",
+        f"Measured for {name}: {moved / 1e9:.0f} GB read and moved, {row['peak_bytes'] / 1e9:.1f} GB of "
+        f"memory above imports, {seconds / 3600:.2f} hours.",
     ]
 
 
@@ -386,6 +401,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--micro-batch-size", type=int, default=16)
     parser.add_argument("--memory", default="16MB")
+    parser.add_argument("--rounds", type=int, default=1, help="of models that differ in their layers alone")
     parser.add_argument("--target", type=float, default=0.5)
     parser.add_argument("--directory", type=Path, help="where the models go; a temporary one if not given")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -402,9 +418,11 @@ def main() -> None:
         if options.shape:
             rows = [measure(SHAPES[options.shape], options, apply=True)]
         else:
-            rows = []
-            for layers in options.layers.split(","):
-                rows.append(measure(Shape(int(layers), **own), options, apply=False))
+            shapes = [Shape(int(layers), **own) for layers in options.layers.split(",")]
+            rounds = [
+                [measure(shape, options, apply=False) for shape in shapes] for _ in range(options.rounds)
+            ]
+            rows = [median_of(each) for each in zip(*rounds, strict=True)]
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     results[options.shape or "Models that differ in their layers alone"] = rows
     options.results.write_text(json.dumps(results, indent=1) + "\n")

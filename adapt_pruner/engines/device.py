@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,25 +42,37 @@ def peak_memory(device: torch.device) -> int:
 def available_memory(device: torch.device) -> int:
     """Bytes that can still be had: of the CUDA device, or of the host without swapping.
 
-    The limit of the control group counts where it is lower.
+    The limits of the control groups that this process is in count where they are lower. What caches hold that
+    can be dropped, those of PyTorch and of files, is available.
     """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     found = Path("/proc/meminfo").read_text(encoding="utf-8").partition("MemAvailable:")[2]
-    free = int(found.split()[0]) * 1024
-    for limit, used in _CGROUP_FILES:
-        if limit.exists() and (value := limit.read_text().strip()).isdigit():
-            free = min(free, int(value) - int(used.read_text()))
-    return max(0, free)
+    return max(0, min([int(found.split()[0]) * 1024, *_left_in_groups()]))
 
 
-_CGROUP_FILES = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
-)
+def _left_in_groups(root: Path = Path("/")) -> Iterator[int]:
+    """What the limits of the control groups leave, of this process's and of those around it."""
+    listed = root / "proc/self/cgroup"
+    for line in listed.read_text(encoding="utf-8").splitlines() if listed.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            files = ("memory.max", "memory.current", "inactive_file")
+            top = root / "sys/fs/cgroup"
+        elif "memory" in controllers.split(","):
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            top = root / "sys/fs/cgroup/memory"
+        else:
+            continue
+        group = top / path.strip("/")
+        for place in (group, *group.parents):
+            limit, used, droppable = (place / files[0], place / files[1], files[2])
+            if limit.exists() and (value := limit.read_text().strip()).isdigit():
+                of_cache = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+                yield int(value) - int(used.read_text()) + int(of_cache.get(droppable, 0))
+            if place == top:
+                break
 
 
 @contextmanager
@@ -69,9 +82,12 @@ def deterministic(device: torch.device) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    before = torch.are_deterministic_algorithms_enabled()
+    settings: Any = torch.utils.deterministic
+    before, fills = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # all of it is written before it is read
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        settings.fill_uninitialized_memory = fills

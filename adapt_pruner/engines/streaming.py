@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapt_pruner.apply import KeptTensor
 from adapt_pruner.budget import Counts, UnitBudget, model_budget
-from adapt_pruner.checkpoint import Checkpoint
+from adapt_pruner.checkpoint import Checkpoint, CheckpointError
 from adapt_pruner.config import PruneConfig
 from adapt_pruner.engines.device import available_memory, resolve_device
 from adapt_pruner.engines.in_memory import DTYPES
@@ -27,6 +27,7 @@ from adapt_pruner.kernels.backends import choose_backend
 from adapt_pruner.plan import Indices, pruned_members
 from adapt_pruner.saving import DTYPE_NAMES, save_model
 from adapt_pruner.scoring import Scores
+from adapt_pruner.scoring.boundaries import bytes_on_disk
 from adapt_pruner.scoring.estimators import ESTIMATORS, TAYLOR_FIRST, Estimator, GqaCredit
 from adapt_pruner.scoring.gradients import Gradients
 from adapt_pruner.scoring.layers import Metric
@@ -64,9 +65,10 @@ class StreamingEngine:
         Args:
             directory: where activations go that do not fit the memory, in a file without a name.
             memory: bytes for activations between the forward and the backward sweep; None for half of what
-                is available.
+                is available on the device and, beside a GPU, of the host.
         Raises:
-            CheckpointError: tensors that do not fit the config.
+            CheckpointError: tensors that do not fit the config, or values outside the layers that are NaN or
+                infinite.
             BackendUnavailable: the named backend is not usable here.
         """
         from transformers import AutoConfig
@@ -87,6 +89,9 @@ class StreamingEngine:
         )
         self.measured: dict[str, Any] = {}
         self._build()
+        within = f"{self.family.layers_module}."
+        # The layers are looked at as they are read.
+        self._reader.require_finite(name for name in self._shapes() if not name.startswith(within))
 
     @property
     def model(self) -> PreTrainedModel:
@@ -121,9 +126,6 @@ class StreamingEngine:
         See `scoring.score` for the settings; `others` do not matter to the estimators that there are here.
         """
         assert not any(others.get(what) for what in ("grams", "means")), "compensation is refused before"
-        memory = self._memory
-        if memory is None:
-            memory = available_memory(self.device) // 2
         before = self._reader.bytes_read
         scores, sweeps = score_streamed(
             self._parts,
@@ -131,7 +133,7 @@ class StreamingEngine:
             self.widths,
             batch.to(self.device),
             micro_batch_size=micro_batch_size,
-            memory=memory,
+            memory=self._boundary_memory(),
             directory=self._directory,
             metric=metric,
             gradients=gradients,
@@ -150,6 +152,17 @@ class StreamingEngine:
             "boundary_bytes_moved": sweeps.boundary_bytes,
         }
         return scores
+
+    def disk_bytes(self, sequences: int, length: int) -> int:
+        """Of activations that scoring as many sequences will have on the disk."""
+        shape = (sequences, length, self._parts.hidden_size)
+        return bytes_on_disk(len(self.widths) + 1, shape, self._dtype, self._boundary_memory())
+
+    def _boundary_memory(self) -> int:
+        if self._memory is not None:
+            return self._memory
+        devices = {self.device, torch.device("cpu")}
+        return sum(available_memory(device) // 2 for device in devices)
 
     def remove_units(self, keep: Sequence[Mapping[str, Indices]], **others: Any) -> None:
         """Keeps the named units of every layer, numbered as they are now; the rest is not read any more.
@@ -177,6 +190,7 @@ class StreamingEngine:
             kept = {name: KeptTensor(info, *self._members.get(name, ())) for name, info in stored.items()}
             write_shards(partial, [tensor.as_new(name) for name, tensor in kept.items()])
 
+        self._reader.require_finite(stored)
         as_it_is = {info.dtype for info in stored.values()} == {DTYPE_NAMES.get(self._dtype)}
         save_model(
             directory,
@@ -199,6 +213,11 @@ class StreamingEngine:
         if self.widths == self._base_widths:
             require_fit(self.checkpoint, {name: tuple(p.shape) for name, p in skeleton.named_parameters()})
         members = pruned_members(self._keep, self.family, self._base_widths, self.checkpoint.tensors)
+        if stray := sorted(members.keys() - dict(skeleton.named_parameters()).keys()):
+            raise CheckpointError(
+                f"{self.checkpoint.directory}: {stray[:3]} belong to units, but a model with this config has "
+                "no such tensors"
+            )
         whole = {
             name
             for name, (of_tensor, keep) in members.items()

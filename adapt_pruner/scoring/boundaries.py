@@ -39,6 +39,7 @@ class Boundaries:
         self.on_disk, self.bytes_moved = count - self.in_memory, 0
         on_device = self.in_memory
         if device.type == "cuda":  # half of what is free: layers need the rest
+            torch.cuda.empty_cache()
             on_device = min(self.in_memory, torch.cuda.mem_get_info(device)[0] // 2 // self._bytes)
         self._tensors = [
             torch.empty(shape, dtype=dtype, device=device if i < on_device else "cpu")
@@ -74,6 +75,12 @@ class Boundaries:
         return (index - self.in_memory) * self._bytes + rows.start * (self._bytes // self._shape[0])
 
 
+def bytes_on_disk(count: int, shape: tuple[int, ...], dtype: torch.dtype, memory: int) -> int:
+    """Of tensors as those of `open_boundaries`."""
+    size = math.prod(shape) * dtype.itemsize
+    return (count - min(count, memory // size)) * size
+
+
 @contextmanager
 def open_boundaries(
     count: int,
@@ -94,11 +101,18 @@ def open_boundaries(
     Raises:
         OSError: there is not enough room for it.
     """
-    size = math.prod(shape) * dtype.itemsize
-    on_disk = count - min(count, memory // size)
+    on_disk = bytes_on_disk(count, shape, dtype, memory)
     if not on_disk:
         yield Boundaries(count, shape, dtype, device, memory=memory, file=None)
         return
     with tempfile.TemporaryFile(dir=directory) as file:
-        os.posix_fallocate(file.fileno(), 0, on_disk * size)
+        try:
+            os.posix_fallocate(file.fileno(), 0, on_disk)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"no room for {on_disk:,} bytes of activations beyond the {memory:,} of --memory: "
+                f"{error.strerror}",
+                str(directory),
+            ) from error
         yield Boundaries(count, shape, dtype, device, memory=memory, file=file.fileno())

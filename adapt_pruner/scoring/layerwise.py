@@ -115,7 +115,13 @@ class LayerwiseModel:
 
         The weights of the next layer are read meanwhile, so those of two are in memory at a time.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="read-layer") as reading:
+        device = torch.cuda.current_device() if self.device.type == "cuda" else None
+
+        def start() -> None:
+            if device is not None:  # each thread has one of its own
+                torch.cuda.set_device(device)
+
+        with ThreadPoolExecutor(1, "read-layer", start) as reading:
             coming = reading.submit(self._read_layer, order[0])
             for layer, following in zip(order, [*order[1:], None], strict=True):
                 with clock.measure("read"):

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from adapt_pruner.config import PruneConfig
@@ -255,6 +256,19 @@ def test_a_run_is_complete_with_a_model_and_without_state(start):
     run.finish()
     assert run.complete
     assert names(run.path) == {"config.yaml", "environment.json", "iterations", "model"}
+
+
+def test_a_kill_while_the_state_is_removed_leaves_a_complete_run(start, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    run = start()
+    run.save_iteration(1, {}, {}, {"kept": torch.zeros(2)})
+    run.model.mkdir()
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.finish()
+    assert run.complete
 
 
 def test_finishing_without_any_iteration(start):

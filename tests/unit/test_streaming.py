@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, SHAPE, VOCABULARY, make_model
 
-from adapt_pruner import PruneConfig, prune
+from adapt_pruner import PruneConfig, prune, pruner
 from adapt_pruner.checkpoint import WEIGHTS_NAME, CheckpointError, open_checkpoint
 from adapt_pruner.engines import InMemoryEngine, choice
 from adapt_pruner.engines.streaming import StreamingEngine
@@ -86,6 +86,20 @@ def test_scores_are_those_of_the_model_in_memory(engines, family, micro_batch_si
     options = {"micro_batch_size": micro_batch_size, "gradients": gradients}
     assert_same_scores(streaming.score(BATCH, **options), in_memory.score(BATCH, **options))
     assert streaming.measured["boundaries_on_disk"] == LAYERS + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_on_a_gpu_with_activations_there_on_the_host_and_on_disk(tiny_models, tmp_path, monkeypatch, family):
+    checkpoint = open_checkpoint(tiny_models[family])
+    free = (4 * BOUNDARY, 4 * BOUNDARY)  # two of them go to the device
+    streaming = StreamingEngine(checkpoint, directory=tmp_path, memory=3 * BOUNDARY, device="cuda")
+    whole = InMemoryEngine(checkpoint, device="cuda").score(BATCH.cuda(), micro_batch_size=4)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: free)
+    assert_same_scores(streaming.score(BATCH, micro_batch_size=4), whole, rtol=1e-4)
+    assert streaming.measured["boundaries_in_memory"] == 3
+    assert streaming.measured["boundaries_on_disk"] == LAYERS - 2
 
 
 @pytest.mark.parametrize("estimator", filter(streamable, ESTIMATORS), ids=lambda e: e.name)
@@ -274,10 +288,9 @@ def test_auto_takes_what_fits_and_says_why(settings, monkeypatch, caplog):
     assert "engine" in json.loads((result.run_directory / "iterations" / "001.json").read_text())
     assert not {"engine", "memory"} & result.plan.settings.keys()
     monkeypatch.setattr(choice, "available_memory", lambda device: 10**5)
-    with caplog.at_level("INFO"):  # which does not go layer by layer
+    refused = "but layer by layer it cannot be pruned: compensation is 'bias', expected 'none'"
+    with pytest.warns(UserWarning, match=f"^engine in-memory: the whole model.*{refused}"):
         prune(settings(name="flap", method="flap"))
-    assert "engine in-memory: the whole model" in caplog.text
-    assert "but layer by layer it cannot be pruned: compensation is 'bias', expected 'none'" in caplog.text
 
 
 def test_auto_estimates_weights_gradients_activations_and_logits(settings, tiny_models):
@@ -295,20 +308,22 @@ def test_auto_estimates_weights_gradients_activations_and_logits(settings, tiny_
     rest = checkpoint.num_bytes + logits
     assert needed() == rest + prunable * 4 + activations
     assert needed(method="magnitude") == rest
-    assert needed() - needed(micro_batch_size=8, dtype="bf16") > prunable * 2
+    in_bf16 = 2 * tokens * (VOCABULARY * 14 + LAYERS * (2 * (8 * 48 + 4 * 88 + 4 * 80) + 16 * 48))
+    assert needed(micro_batch_size=8, dtype="bf16") == checkpoint.num_bytes // 2 + prunable * 2 + in_bf16
     assert needed(micro_batch_size=8) - needed(micro_batch_size=8, gradients="fused") == prunable * 4
 
 
-def test_a_run_goes_on_with_the_engine_it_has_begun_with(settings, monkeypatch):
+@pytest.mark.parametrize("finished", [0, 2])
+def test_a_run_goes_on_with_the_engine_it_has_begun_with(settings, monkeypatch, finished):
     monkeypatch.setattr(choice, "available_memory", lambda device: 10**6)
     whole = prune(settings(name="whole"))
     calls, save = [], RunDirectory.save_iteration
 
     def stopping(*args, **more):
-        save(*args, **more)
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == finished + 1:
             raise KeyboardInterrupt
+        save(*args, **more)
 
     monkeypatch.setattr(RunDirectory, "save_iteration", stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -319,7 +334,7 @@ def test_a_run_goes_on_with_the_engine_it_has_begun_with(settings, monkeypatch):
     result = prune(settings(resume=True, memory="1MB"))
     log = [json.loads(line) for line in (result.run_directory / "log.jsonl").read_text().splitlines()]
     assert [(e["event"], e["engine"]) for e in log if "engine" in e] == [
-        ("started", "streaming"), ("resumed", "streaming"),
+        ("started", "streaming"), ("resumed" if finished else "started", "streaming"),
     ]  # fmt: skip
     assert bytes_of(result.run_directory) == bytes_of(whole.run_directory)
 
@@ -335,6 +350,53 @@ def test_a_weight_that_is_not_finite_is_named(tiny_models, tmp_path, name):
     checkpoint = open_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match=f"{name}.* NaN or infinite"):
         StreamingEngine(checkpoint, directory=tmp_path, device="cpu").score(BATCH, micro_batch_size=4)
+
+
+def test_weights_that_scoring_does_not_read_are_looked_at(settings, tiny_models, tmp_path, tokenizer):
+    model = make_model("llama", tied=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0, 0] = 1e5  # of no token of the text
+    model.save_pretrained(tmp_path / "large")
+    with pytest.raises(
+        CheckpointError, match=r"1 of \d+ values of model.embed_tokens.weight .* torch.float16"
+    ):
+        StreamingEngine(open_checkpoint(tmp_path / "large"), directory=tmp_path, device="cpu", dtype="fp16")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0, 0] = 0
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    tokenizer.save_pretrained(tmp_path / "nan")
+    config = settings(str(tmp_path / "nan"), engine="streaming", target=1.0)  # nothing is removed
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight are NaN"):
+        prune(config)
+    assert not (Path(config.output) / "model").exists()
+
+
+def test_tensors_of_units_that_the_model_does_not_have(tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(
+        len(tensors["model.layers.0.self_attn.q_proj.weight"])
+    )
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"'model.layers.0.self_attn.q_proj.bias'\] belong to units"):
+        StreamingEngine(open_checkpoint(tmp_path), directory=tmp_path, device="cpu")
+
+
+def test_room_for_activations_is_seen_to(settings, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pruner, "require_free_space", lambda target, num_bytes: asked.append(num_bytes))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    needed = (LAYERS + 1) * 8 * 16 * SHAPE["hidden_size"] * 4
+    with pytest.raises(
+        OSError, match=f"no room for {needed:,} bytes of activations beyond the 1 of --memory"
+    ):
+        prune(settings(engine="streaming", memory="1B"))
+    assert asked[1] - asked[0] == needed
 
 
 def test_activations_that_overflow_are_named_by_their_layer(tmp_path):
