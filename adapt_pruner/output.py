@@ -85,7 +85,7 @@ def require_empty(target: Path) -> None:
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not an empty directory; nothing was written")
-    if target.is_mount():
+    if target.exists() and _mount_of(target) != _mount_of(target.parent):
         raise FileExistsError(f"{target} is a mount point; expected a directory in it; nothing was written")
 
 
@@ -99,6 +99,16 @@ def require_free_space(target: Path, num_bytes: int) -> None:
             f"not enough disk space for the pruned model: {num_bytes:,} bytes needed, {free:,} free",
             str(target),
         )
+
+
+def _mount_of(directory: Path) -> str:
+    """The kernel's number of the mount a directory lies in; bind mounts have the device of their source."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        text = Path(f"/proc/self/fdinfo/{descriptor}").read_text()
+    finally:
+        os.close(descriptor)
+    return text.partition("mnt_id:")[2].split()[0]
 
 
 def _resumable_prefix(target: Path) -> str:

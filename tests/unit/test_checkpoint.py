@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -471,7 +473,7 @@ def test_a_target_that_no_directory_can_replace(tmp_path, monkeypatch, kind, wri
             (tmp_path / "elsewhere").mkdir()
     elif kind == "mount point":
         target.mkdir()
-        monkeypatch.setattr(Path, "is_mount", lambda path: path == target)
+        monkeypatch.setattr(output, "_mount_of", str)
     before = sorted(tmp_path.iterdir())
 
     def write() -> None:
@@ -482,6 +484,20 @@ def test_a_target_that_no_directory_can_replace(tmp_path, monkeypatch, kind, wri
     with pytest.raises(ValueError if kind == "." else FileExistsError, match=expected):
         write()
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_bind_mount_is_a_mount_point(tmp_path):
+    """It has the device of its parent, and no rename can replace it."""
+    for name in ("source", "target"):
+        (tmp_path / name).mkdir()
+    check = "import sys, pathlib, adapt_pruner.output as o; o.require_empty(pathlib.Path(sys.argv[1]))"
+    inside = 'mount --bind "$1" "$2" && exec "$3" -c "$4" "$2"'
+    command = ["unshare", "-rm", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces of mounts")
+    paths = [tmp_path / "source", tmp_path / "target", sys.executable, check]
+    done = subprocess.run([*command, inside, "sh", *map(str, paths)], capture_output=True, text=True)
+    assert f"FileExistsError: {tmp_path / 'target'} is a mount point" in done.stderr
 
 
 def test_a_directory_gets_its_name_when_it_is_on_the_disk(tmp_path, monkeypatch, written_directory):
