@@ -233,8 +233,9 @@ def _tensor_info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     """One entry of a header; the data begin at byte `base` of the file."""
     try:
         name.encode()  # JSON can name what is no text
-        dtype, shape, (start, end) = entry["dtype"], list(entry["shape"]), entry["data_offsets"]
-        if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        if not (isinstance(dtype, str) and isinstance(shape, list) and numbers):
             raise ValueError("expected a name, and whole numbers of 0 or more")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(

@@ -65,8 +65,12 @@ def resumable_directory(target: Path, key: str) -> Iterator[Path]:
 
 def resumable_bytes(target: Path) -> int:
     """Bytes on the disk of what interrupted processes have left for `target`: it is kept or deleted."""
-    files = [file for directory in _resumable_directories(target) for file in directory.rglob("*")]
-    return sum(file.lstat().st_blocks * 512 for file in files)
+    total = 0
+    for directory in _resumable_directories(target):
+        for file in directory.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # one of them is at work
+                total += file.lstat().st_blocks * 512
+    return total
 
 
 def require_empty(target: Path) -> None:

@@ -280,6 +280,7 @@ def test_a_web_page_in_place_of_the_weights(model):
             "the safetensors header is damaged: .* 3",
         ),
         ({"a": {"dtype": "F32", "shape": "1", "data_offsets": [0, 4]}}, r"the safetensors header is damaged"),
+        ({"a": {"dtype": "F32", "shape": "", "data_offsets": [0, 4]}}, r"the safetensors header is damaged"),
         ({"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}, r".* damaged: .*\[-1, -1\]"),
         ({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, r".* damaged: .*\[True\]"),
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4.0]}}, r".* damaged: .*\[0.0, 4.0\]"),
