@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapt_pruner.assets import resolve_model
-from adapt_pruner.checkpoint import Checkpoint, atomic_directory, open_checkpoint, write_json
+from adapt_pruner.checkpoint import Checkpoint, open_checkpoint, write_json
 from adapt_pruner.engines.device import resolve_device
 from adapt_pruner.families import layer_widths
 from adapt_pruner.methods import find_method
+from adapt_pruner.output import atomic_directory
 from adapt_pruner.plan import PruningPlan
 from adapt_pruner.pruner import OnIteration, Progress, Setup, prune, set_up
 from adapt_pruner.recovery.config import AccelConfig

@@ -20,12 +20,10 @@ from adapt_pruner.checkpoint import (
     config_hash,
     copy_side_files,
     open_checkpoint,
-    require_empty,
-    require_free_space,
-    resumable_directory,
 )
 from adapt_pruner.families import Family, LayerWidths, UnitTensor, by_expert, find_family, layer_widths
 from adapt_pruner.modeling.pruned_config import pruned_values, source_of_classes, values_of_layers
+from adapt_pruner.output import require_empty, require_free_space, resumable_bytes, resumable_directory
 from adapt_pruner.plan import Indices, PruningPlan, encode_runs, pruned_members, within_expert
 from adapt_pruner.shard_io import (
     CHECKSUMS_NAME,
@@ -63,12 +61,15 @@ def apply_plan(
         `output`.
     Raises:
         ValueError: the plan was made for another model (family, config, widths or weights differ), or with
-            compensation.
-        CheckpointError: the checkpoint is damaged. FileExistsError: `output` is not empty.
+            compensation; `output` is in the model's directory.
+        CheckpointError: the checkpoint is damaged, or was changed meanwhile.
+        FileExistsError: `output` is not empty, a symbolic link or a mount point.
         OSError: the file system of `output` is too small. BlockingIOError: another process writes to it.
     """
     output = Path(output)
     require_empty(output)
+    if output.resolve().is_relative_to(Path(model).resolve()):
+        raise ValueError(f"{output} is in the directory of the model, {model}, which is only read")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}, expected at least 1")
     compensation = plan.settings.get("compensation", "none")
@@ -86,8 +87,9 @@ def apply_plan(
     config = pruned_values(values_of_layers(checkpoint.config, plan.kept_layers), plan.widths(family, base))
     kept = _kept_tensors(plan, checkpoint, family, base)
     tensors = [tensor.as_new(name) for name, tensor in kept.items()]
-    require_free_space(output, sum(tensor.num_bytes for tensor in tensors))
-    verify_checksums(checkpoint.directory)
+    needed = sum(tensor.num_bytes for tensor in tensors)
+    require_free_space(output.parent, max(0, needed - resumable_bytes(output)))
+    verify_checksums(checkpoint)
     with resumable_directory(output, _key(plan, checkpoint, max_shard_bytes)) as partial:
         for file in partial.iterdir():  # what an interrupted call has left and has no checksum
             if file.suffix != ".safetensors" and file.name != CHECKSUMS_NAME:
@@ -98,6 +100,7 @@ def apply_plan(
             shutil.copyfile(source, partial / source.name)
         copy_side_files(checkpoint.directory, partial)
         write_shards(partial, tensors, max_bytes=max_shard_bytes)
+        checkpoint.require_unchanged()
     return output
 
 
@@ -224,12 +227,16 @@ def _renumber_layers(names: dict[str, str], plan: PruningPlan, family: Family) -
 
 
 def _key(plan: PruningPlan, checkpoint: Checkpoint, max_shard_bytes: int) -> str:
-    """What the bytes of the output depend on, for those of an earlier call to be taken as they are."""
-    shards = sorted({info.shard.resolve() for info in checkpoint.tensors.values()})
-    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
-    return hashlib.sha256(repr((FORMAT_VERSION, plan.hash, states, max_shard_bytes)).encode()).hexdigest()[
-        :16
-    ]
+    """What the bytes of the output depend on, for those of an earlier call to be taken as they are.
+
+    Device and inode are left out: they may be others when the file system is mounted again.
+    """
+    states = sorted(
+        (str(path.resolve()), state.size, state.modified_ns, state.changed_ns)
+        for path, state in checkpoint.states.items()
+    )
+    text = repr((FORMAT_VERSION, plan.hash, states, max_shard_bytes))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _require_same_model(plan: PruningPlan, checkpoint: Checkpoint, family: Family) -> None:

@@ -1,20 +1,17 @@
-"""Checkpoints on disk: safetensors shards read by header, verified before use, written atomically."""
+"""Checkpoints on disk: safetensors shards read by header, verified before use; files written atomically."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
-import glob
 import hashlib
 import json
 import math
 import os
+import reprlib
 import shutil
 import struct
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +40,7 @@ DTYPE_BYTES = {
     "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip
 FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
+MAX_HEADER_BYTES = 100_000_000  # as safetensors has it
 
 
 class CheckpointError(ValueError):
@@ -65,12 +63,33 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class FileState:
+    """What tells of a file whether it was changed or replaced."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        stat = path.stat()
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A verified model directory: its config and the header of every tensor; no weight has been read."""
+    """A verified model directory: its config and the header of every tensor; no weight has been read.
+
+    Attributes:
+        states: of the shards, from before their headers were read.
+    """
 
     directory: Path
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
+    states: Mapping[Path, FileState] = field(default_factory=dict)
 
     @property
     def num_parameters(self) -> int:
@@ -94,6 +113,13 @@ class Checkpoint:
                     digest.update(file.read(min(4096, info.end - offset)))
         return digest.hexdigest()
 
+    def require_unchanged(self) -> None:
+        """Raises CheckpointError if a shard is not as it was when the checkpoint was opened."""
+        for shard, before in self.states.items():
+            now = FileState.of(shard) if shard.exists() else None
+            if now != before:
+                raise CheckpointError(f"{shard} was changed while it was in use: {now}, expected {before}")
+
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Checks a model directory and reads its headers.
@@ -104,8 +130,9 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     """
     directory = Path(directory)
     config = _read_json(directory / CONFIG_NAME)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    if quantization := config.get("quantization_config"):
+        known = isinstance(quantization, dict)
+        method = quantization.get("quant_method", "unknown") if known else repr(quantization)
         raise CheckpointError(
             f"{directory}: the checkpoint is quantised ({method}); pruning needs fp32, fp16 or bf16 weights"
         )
@@ -115,7 +142,11 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
             "model without it"
         )
     if (directory / INDEX_NAME).exists():
-        index: dict[str, str] = _read_json(directory / INDEX_NAME).get("weight_map", {})
+        index = _read_json(directory / INDEX_NAME).get("weight_map", {})
+        if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
+            raise CheckpointError(
+                f"{directory / INDEX_NAME}: weight_map is {reprlib.repr(index)}, expected files of tensors"
+            )
         shards = sorted(set(index.values()))
         if not shards:
             raise CheckpointError(f"{directory}: {INDEX_NAME} names no tensor")
@@ -133,6 +164,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"{directory}: {len(missing)} of {len(shards)} shards in {INDEX_NAME} are missing: {missing}"
         )
+    states = {directory / shard: FileState.of(directory / shard) for shard in shards}
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         header = read_header(directory / shard)
@@ -150,7 +182,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
             raise CheckpointError(
                 f"{info.shard}: tensor {name} has dtype {info.dtype}, expected one of {FLOAT_DTYPES}"
             )
-    return Checkpoint(directory, config, tensors)
+    return Checkpoint(directory, config, tensors, states)
 
 
 def _shares_embedding(config: Mapping[str, Any]) -> bool:
@@ -162,7 +194,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Header of one safetensors file, checked against the file's size.
 
     Raises:
-        CheckpointError: the file is truncated, longer than its header says, or not safetensors.
+        CheckpointError: the file is truncated, longer than its header says, or not safetensors; tensors
+            overlap, or there are bytes of none between them.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -172,31 +205,57 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(
                 f"{path}: not a safetensors file or truncated: header of {length} bytes in {size}"
             )
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path}: header of {length} bytes, expected at most {MAX_HEADER_BYTES}")
         try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
+            header = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: the safetensors header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the safetensors header is damaged: {reprlib.repr(header)}")
+    header.pop("__metadata__", None)
     base = 8 + length
-    tensors = {}
-    try:
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            tensors[name] = TensorInfo(path, entry["dtype"], tuple(entry["shape"]), base + start, base + end)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the safetensors header is damaged: {error!r}") from error
-    for name, info in tensors.items():
-        length = info.end - info.start
-        # Dtypes that are not in the table cannot be pruned anyway: `open_checkpoint` refuses them by name.
-        expected = info.numel * DTYPE_BYTES[info.dtype] if info.dtype in DTYPE_BYTES else length
-        if info.start < base or length != expected:
+    tensors = {name: _tensor_info(path, name, entry, base) for name, entry in header.items()}
+    end = base
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != end:
             raise CheckpointError(
-                f"{path}: tensor {name} of {info.dtype} {info.shape} has {length} bytes of data"
+                f"{path}: tensor {name} begins at byte {info.start - base} of the data, expected "
+                f"{end - base}, where the one before it ends"
             )
-    expected = max((t.end for t in tensors.values()), default=base)
-    if expected != size:
-        raise CheckpointError(f"{path}: truncated or damaged: {size} bytes, its header says {expected}")
+        end = info.end
+    if end != size:
+        raise CheckpointError(f"{path}: truncated or damaged: {size} bytes, its header says {end}")
     return tensors
+
+
+def _tensor_info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
+    """One entry of a header; the data begin at byte `base` of the file."""
+    try:
+        name.encode()  # JSON can name what is no text
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        if not (isinstance(dtype, str) and isinstance(shape, list) and numbers):
+            raise ValueError("expected a name, and whole numbers of 0 or more")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: the safetensors header is damaged: {error!r}: tensor {name!r} has {reprlib.repr(entry)}"
+        ) from error
+    info = TensorInfo(path, dtype, tuple(shape), base + start, base + end)
+    # Dtypes that are not in the table cannot be pruned anyway: `open_checkpoint` refuses them by name.
+    expected = info.numel * DTYPE_BYTES[dtype] if dtype in DTYPE_BYTES else max(0, end - start)
+    if end - start != expected:
+        raise CheckpointError(
+            f"{path}: tensor {name} of {dtype} {info.shape} has {end - start} bytes of data"
+        )
+    return info
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON that names nothing twice."""
+    if twice := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
+        raise ValueError(f"{twice[0]!r} is there twice")
+    return dict(pairs)
 
 
 def header_text(header: Mapping[str, Any], length: int = 0) -> bytes:
@@ -230,7 +289,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist; expected a Hugging Face model directory") from error
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -286,99 +345,3 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if isinstance(error, SafetensorError):  # how safetensors reports a full disk
             raise OSError(f"could not write {path}: {error}") from error
         raise
-
-
-@contextlib.contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
-    """A fresh directory beside `target` that becomes `target` by rename when the block ends without error.
-
-    Raises:
-        FileExistsError: `target` exists and is not empty; nothing is written then.
-    """
-    require_empty(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    try:
-        yield partial
-        _publish(partial, target)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # how safetensors reports a full disk
-            raise OSError(f"could not write {target}: {error}") from error
-        raise
-
-
-@contextlib.contextmanager
-def resumable_directory(target: Path, key: str) -> Iterator[Path]:
-    """As `atomic_directory`, but what an interrupted process has left for the same target and key is there
-    again. An error leaves nothing behind; what was left for another key goes.
-
-    Args:
-        key: what the contents depend on, as letters and digits.
-    Raises:
-        FileExistsError: `target` exists and is not empty; nothing is written then.
-        BlockingIOError: another process is writing the same.
-    """
-    require_empty(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}.resumable-"
-    partial = target.with_name(prefix + key)
-    partial.mkdir(exist_ok=True)
-    with _locked(partial):
-        for other in target.parent.glob(f"{glob.escape(prefix)}*"):
-            if other != partial:
-                with contextlib.suppress(BlockingIOError), _locked(other):
-                    shutil.rmtree(other)
-        try:
-            yield partial
-            _publish(partial, target)
-        except Exception:  # not an interrupt
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Only one process at a time has this; the lock goes with the process."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(error.errno, "another process is writing", str(directory)) from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _publish(partial: Path, target: Path) -> None:
-    """Gives a complete directory its name, once it is on the disk."""
-    umask = os.umask(0)
-    os.umask(umask)
-    partial.chmod(0o777 & ~umask)
-    for file in partial.rglob("*"):
-        if file.is_file():
-            file.chmod(0o666 & ~umask)  # safetensors makes its files private
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    if target.exists():
-        target.rmdir()
-    partial.rename(target)
-
-
-def require_empty(target: Path) -> None:
-    """Raises FileExistsError unless `target` is absent or an empty directory."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not an empty directory; nothing was written")
-
-
-def require_free_space(target: Path, num_bytes: int) -> None:
-    """Raises OSError (ENOSPC) when the file system of `target` has fewer free bytes than needed."""
-    existing = next(p for p in (target, *target.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < num_bytes:
-        raise OSError(
-            errno.ENOSPC,
-            f"not enough disk space for the pruned model: {num_bytes:,} bytes needed, {free:,} free",
-            str(target),
-        )

@@ -267,8 +267,8 @@ def _verify(arguments: Namespace) -> Shown:
     from adapt_pruner.shard_io import CHECKSUMS_NAME, verify_checksums
 
     model = resolve_model(_config(VerifyConfig, arguments).model)
-    tensors = len(open_checkpoint(model).tensors)
-    checked = verify_checksums(model)
+    checkpoint = open_checkpoint(model)
+    tensors, checked = len(checkpoint.tensors), verify_checksums(checkpoint)
     result = {"model_directory": str(model), "tensors": tensors, "tensors_checked": checked or 0}
     found = f"there is no {CHECKSUMS_NAME}" if checked is None else f"{checked} agree with {CHECKSUMS_NAME}"
     return result, lambda console: console.print(f"{model}: headers of {tensors} tensors are sound; {found}")

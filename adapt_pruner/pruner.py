@@ -17,13 +17,7 @@ from adapt_pruner.allocation import Floats
 from adapt_pruner.assets import resolve_model
 from adapt_pruner.budget import Counts, UnitBudget
 from adapt_pruner.calibration import calibration_tokens, draw, with_prefix
-from adapt_pruner.checkpoint import (
-    Checkpoint,
-    config_hash,
-    open_checkpoint,
-    require_free_space,
-    write_json,
-)
+from adapt_pruner.checkpoint import Checkpoint, config_hash, open_checkpoint, write_json
 from adapt_pruner.config import PruneConfig, parse_bytes
 from adapt_pruner.data import TokenizedDocuments
 from adapt_pruner.engines import Engine, InMemoryEngine
@@ -35,6 +29,7 @@ from adapt_pruner.iteration import iterate
 from adapt_pruner.latency import Latency, usage
 from adapt_pruner.layer_removal import layer_parameters, removable_parameters, remove_layers
 from adapt_pruner.methods import Method, find_method, require_experts_supported, resolve
+from adapt_pruner.output import require_free_space
 from adapt_pruner.plan import PruningPlan
 from adapt_pruner.report.plots import plot_run
 from adapt_pruner.resources import Resource, find_resources

@@ -14,14 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from adapt_pruner.checkpoint import (
-    INDEX_NAME,
-    WEIGHTS_NAME,
-    atomic_directory,
-    copy_side_files,
-    weights_layout,
-    write_json,
-)
+from adapt_pruner.checkpoint import INDEX_NAME, WEIGHTS_NAME, copy_side_files, weights_layout, write_json
+from adapt_pruner.output import atomic_directory
 from adapt_pruner.sharding import named_tensors, together, world
 
 if TYPE_CHECKING:

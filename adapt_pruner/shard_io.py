@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import os
+import reprlib
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from adapt_pruner.checkpoint import (
     INDEX_NAME,
     WEIGHTS_NAME,
+    Checkpoint,
     CheckpointError,
     read_header,
     weights_layout,
@@ -104,19 +106,25 @@ def write_shards(directory: Path, tensors: Sequence[NewTensor], *, max_bytes: in
         write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def verify_checksums(directory: str | Path) -> int | None:
+def verify_checksums(checkpoint: Checkpoint) -> int | None:
     """Reads the files of a model that has a checksums.json, and compares.
 
     Returns:
         The number of tensors; None where there are no checksums.
     Raises:
-        CheckpointError: a file is missing, truncated or damaged; the message names it and the first tensors.
+        CheckpointError: a file is missing, truncated, damaged or has no checksums; the message names it and
+            the first tensors.
     """
-    recorded = _read_checksums(Path(directory))
+    directory = checkpoint.directory
+    recorded = _read_checksums(directory)
     if recorded is None:
         return None
+    if unknown := sorted({shard.name for shard in checkpoint.states} - recorded.keys()):
+        raise CheckpointError(
+            f"{directory / CHECKSUMS_NAME} has no checksums of {unknown}; delete it if the weights are sound"
+        )
     for name, checksums in recorded.items():
-        if problem := _damage(Path(directory) / name, checksums):
+        if problem := _damage(directory / name, checksums):
             raise CheckpointError(problem)
     return sum(len(checksums["tensors"]) for checksums in recorded.values())
 
@@ -140,7 +148,8 @@ def _write_shard(path: Path, tensors: Sequence[NewTensor]) -> dict[str, Any]:
     ordered = [by_name[name] for name in starts]
     end = sum(tensor.num_bytes for tensor in tensors)
     head = len(text).to_bytes(8, "little") + text
-    with path.open("wb") as file:
+    path.unlink(missing_ok=True)  # it may be a link to another file
+    with path.open("xb") as file:
         file.write(head)
         file.truncate(len(head) + end)
     parts = [(len(head) + starts[t.name], t.pieces()) for t in ordered]
@@ -187,15 +196,18 @@ def _read_checksums(directory: Path) -> dict[str, Any] | None:
         return None
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-        version, files = contents["format_version"], contents["files"]
-        for name, entry in files.items():
-            if Path(name).name != name or not {"bytes", "header", "tensors"} <= entry.keys():
-                raise ValueError(f"{name!r} has {entry!r}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        version, files = contents["format_version"], dict(contents["files"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}; delete it if the weights are not") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version is {version!r}, expected {FORMAT_VERSION}")
-    return dict(files)
+    for name, entry in files.items():
+        whole = isinstance(entry, dict) and {"bytes", "header", "tensors"} <= entry.keys()
+        if Path(name).name != name or not whole or not isinstance(entry["tensors"], dict):
+            raise CheckpointError(
+                f"{path} is damaged: {name!r} has {reprlib.repr(entry)}; delete it if the weights are not"
+            )
+    return files
 
 
 def _write_checksums(directory: Path, files: Mapping[str, Any]) -> None:
@@ -215,7 +227,7 @@ def _copy(tensors: Sequence[tuple[int, Sequence[Piece]]], target: Path | None) -
     ]
     threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     values: list[int] = _engine()(
-        [str(s) for s in sources], plain, str(target) if target else "", threads, BUFFER_BYTES
+        [os.fsencode(s) for s in sources], plain, os.fsencode(target or ""), threads, BUFFER_BYTES
     )
     return values
 
@@ -240,20 +252,20 @@ def _engine() -> Callable[..., list[int]]:
 
 
 def _copy_by_numpy(
-    sources: Sequence[str],
+    sources: Sequence[bytes],
     tensors: Sequence[tuple[int, Sequence[tuple[int, int, int, int, Runs]]]],
-    target: str,
+    target: bytes,
     threads: int,
     buffer_bytes: int,
 ) -> list[int]:
     """As `copy` of csrc/io, in one thread."""
     checksums = []
-    with open(target or os.devnull, "r+b") as output:
+    with open(os.fsdecode(target) or os.devnull, "r+b") as output:
         for target_offset, pieces in tensors:
             output.seek(target_offset)
             checksum = 0
             for source, offset, rows, stride, runs in pieces:
-                with open(sources[source], "rb") as file:
+                with open(os.fsdecode(sources[source]), "rb") as file:
                     for part in _parts(file, offset, rows, stride, runs, buffer_bytes):
                         checksum = zlib.crc32(part, checksum)
                         output.write(part)

@@ -12,18 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adapt_pruner.calibration import calibration_tokens, draw, with_prefix
-from adapt_pruner.checkpoint import (
-    Checkpoint,
-    atomic_directory,
-    copy_side_files,
-    require_free_space,
-    write_json,
-)
+from adapt_pruner.checkpoint import Checkpoint, copy_side_files, write_json
 from adapt_pruner.config import PruneConfig, parse_target
 from adapt_pruner.engines.device import deterministic, peak_memory, resolve_device
 from adapt_pruner.engines.in_memory import DTYPES, load_model
 from adapt_pruner.families import find_family
 from adapt_pruner.methods import Method, resolve_dimensions
+from adapt_pruner.output import atomic_directory, require_free_space
 from adapt_pruner.pruner import IterationReport, OnIteration, PruneResult
 from adapt_pruner.run import RunDirectory
 from adapt_pruner.run_budget import embedding_parameters

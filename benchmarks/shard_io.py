@@ -3,10 +3,11 @@
     python benchmarks/shard_io.py --gigabytes 4 --folder /somewhere/with/room --output shard_io.csv
 
 Makes a Llama of 8B's layers in one safetensors file and a plan with random kept units. Every measurement is
-a process of its own, all of them take turns; warm ones find the file in the page cache, cold ones do not
-(`posix_fadvise(DONTNEED)`). `cp` alone leaves its copy in the page cache, `cp+fsync` brings it to the disk,
-as `apply` does before it gives the output its name. Seconds are those of the whole process, and in brackets
-those within it without the imports. Peaks of memory are `VmHWM` of the process.
+a process of its own, all of them take turns, and each comes first in some round; warm ones find the file in
+the page cache, cold ones do not (`posix_fadvise(DONTNEED)`). `cp` alone leaves its copy in the page cache,
+`cp+fsync` brings it to the disk, as `apply` does before it gives the output its name. Seconds are those of
+the whole process, and in brackets those within it without the imports. The ratios say how many times as fast
+as `cp` and `cp+fsync` of the whole file a command is. Peaks of memory are `VmHWM` of the process.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ COLUMNS = (
     "seconds",
     "inner_seconds",
     "cp_over_it",
-    "gigabytes_per_second",
+    "cp_fsync_over_it",
     "peak_mb",
     "rounds",
 )
@@ -140,7 +141,7 @@ def read_into_cache(file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="for the files, which are deleted")
+    parser.add_argument("--folder", type=Path, required=True, help="for files that are made and deleted")
     parser.add_argument("--gigabytes", type=float, default=4)
     parser.add_argument("--density", type=float, default=0.65)
     parser.add_argument("--rounds", type=int, default=5)
@@ -157,14 +158,16 @@ def main() -> None:
         run(plan, model, output)
         print(time.perf_counter() - began, peak_mb())
         return
-    make_model(model, options.gigabytes, options.seed)
-    make_plan(model, options.density, options.seed).save(plan_file)
+    if present := [path for path in (model, plan_file, output) if path.exists() or path.is_symlink()]:
+        parser.error(f"{present[0]} is there already; expected a folder without it")
     try:
+        make_model(model, options.gigabytes, options.seed)
+        make_plan(model, options.density, options.seed).save(plan_file)
         rows = measure(options, model, output)
     finally:
         for path in (model, output):
             shutil.rmtree(path, ignore_errors=True)
-        plan_file.unlink()
+        plan_file.unlink(missing_ok=True)
     if options.output:
         with options.output.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -177,39 +180,42 @@ def measure(options: argparse.Namespace, model: Path, output: Path) -> list[dict
     this = [sys.executable, __file__, "--folder", str(options.folder), "--run"]
     commands = {
         "cp": ["cp", str(weights), str(copied)],
-        "cp+fsync": ["sh", "-c", f"cp {weights} {copied} && sync {copied}"],
+        "cp+fsync": ["sh", "-c", 'cp "$1" "$2" && sync "$2"', "sh", str(weights), str(copied)],
         "apply": [*this, "apply"],
         "transformers": [*this, "transformers"],
     }
     if options.without_transformers:
         del commands["transformers"]
-    seen: dict[tuple[str, str], list[tuple[float, float, float, float]]] = {}
+    seen: dict[tuple[str, str], list[tuple[float, float, float]]] = {
+        (state, what): [] for state in ("warm", "cold") for what in commands
+    }
     for number in range(options.rounds + 1):
+        first = number % len(commands)
+        order = [*commands][first:] + [*commands][:first]
         for state in ("warm", "cold"):
-            for what, command in commands.items():
+            for what in order:
                 shutil.rmtree(output, ignore_errors=True)
                 if what.startswith("cp"):
                     output.mkdir()
                 os.sync()
                 (read_into_cache if state == "warm" else drop_from_cache)(weights)
-                measurement = measured(command)
-                moved = weights.stat().st_size + sum(f.stat().st_size for f in output.iterdir())
+                measurement = measured(commands[what])
                 if number:  # the first round reads the programs themselves from the disk
-                    seen.setdefault((state, what), []).append((*measurement, moved))
+                    seen[state, what].append(measurement)
     rows: list[dict[str, object]] = []
     print(f"{weights.stat().st_size / 1e9:.2f} GB; medians of {options.rounds} rounds")
     for (state, what), values in seen.items():
-        seconds, inner, of_cp = (
+        seconds, inner, of_cp, of_both = (
             statistics.median(value[place] for value in of)
-            for place, of in ((0, values), (1, values), (0, seen[state, "cp"]))
+            for place, of in ((0, values), (1, values), (0, seen[state, "cp"]), (0, seen[state, "cp+fsync"]))
         )
-        rate, peak = values[0][3] / seconds / 1e9, max(value[2] for value in values)
-        numbers = [f"{number:.3f}" for number in (seconds, inner, of_cp / seconds, rate)]
+        peak = max(value[2] for value in values)
+        numbers = [f"{number:.3f}" for number in (seconds, inner, of_cp / seconds, of_both / seconds)]
         rows.append(dict(zip(COLUMNS, (state, what, *numbers, f"{peak:.0f}", len(values)), strict=True)))
-        seconds_text, inner_text, ratio, rate_text = numbers
+        seconds_text, inner_text, ratio, fair_ratio = numbers
         print(
             f"{state} {what:13} {seconds_text:>8} s ({inner_text:>8}); cp / it {ratio:>6}; "
-            f"{rate_text:>6} GB/s of input and output; peak {peak or float('nan'):.0f} MB"
+            f"cp+fsync / it {fair_ratio:>6}; peak {peak or float('nan'):.0f} MB"
         )
     return rows
 

@@ -23,9 +23,10 @@ from adapt_pruner.bench.measure import free_bytes, make_timer, take_turns
 from adapt_pruner.bench.plot import plot_rooflines
 from adapt_pruner.bench.results import Comparison, Row, compare, read_csv, to_csv
 from adapt_pruner.bench.selection import Selection, needed_bytes
-from adapt_pruner.checkpoint import atomic_directory, require_empty, write_json, write_text
+from adapt_pruner.checkpoint import write_json, write_text
 from adapt_pruner.config import BenchConfig
 from adapt_pruner.kernels import BackendUnavailable, build_info
+from adapt_pruner.output import atomic_directory, require_empty
 from adapt_pruner.run import environment
 
 _log = logging.getLogger(__name__)

@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 
 from adapt_pruner.budget import Counts, UnitBudget, model_budget
-from adapt_pruner.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    atomic_directory,
-    copy_side_files,
-    open_checkpoint,
-)
+from adapt_pruner.checkpoint import Checkpoint, CheckpointError, copy_side_files, open_checkpoint
 from adapt_pruner.compensation import (
     add_output_biases,
     bias_of,
@@ -35,6 +29,7 @@ from adapt_pruner.families import (
     layer_widths,
 )
 from adapt_pruner.kernels.backends import choose_backend
+from adapt_pruner.output import atomic_directory
 from adapt_pruner.plan import Indices
 from adapt_pruner.scoring import Scores, score
 from adapt_pruner.scoring.estimators import TAYLOR_FIRST, Estimator, GqaCredit, weights_alone

@@ -26,12 +26,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from adapt_pruner.assets import resolve_model
-from adapt_pruner.checkpoint import (
-    Checkpoint,
-    open_checkpoint,
-    require_free_space,
-    write_json,
-)
+from adapt_pruner.checkpoint import Checkpoint, open_checkpoint, write_json
 from adapt_pruner.data import check_vocabulary, prefix_token, stream_rows
 from adapt_pruner.engines.device import deterministic, peak_memory, resolve_device
 from adapt_pruner.engines.in_memory import load_model
@@ -39,6 +34,7 @@ from adapt_pruner.engines.shards import read_model
 from adapt_pruner.families import layer_widths
 from adapt_pruner.inspection import summarize
 from adapt_pruner.modeling import register
+from adapt_pruner.output import require_free_space
 from adapt_pruner.recovery.adapters import add_adapters, merge_adapters, require_peft
 from adapt_pruner.recovery.config import RecoverConfig
 from adapt_pruner.recovery.losses import Distillation

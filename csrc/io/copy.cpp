@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -180,7 +181,7 @@ std::vector<uint32_t> copy(const std::vector<std::string>& sources, const std::v
   std::atomic<size_t> next = 0;
   std::atomic<bool> failed = false;
   std::mutex mutex;
-  FileError error = {};
+  std::exception_ptr error;
 
   const auto read_ahead = [&](size_t i) {
     if (i < tasks.size()) {
@@ -188,9 +189,9 @@ std::vector<uint32_t> copy(const std::vector<std::string>& sources, const std::v
     }
   };
   const auto work = [&] {
-    const std::unique_ptr<char[]> read(new char[size_t(buffer_bytes + kShortRun)]);
-    const std::unique_ptr<char[]> kept(new char[size_t(buffer_bytes + kShortRun)]);
     try {
+      const std::unique_ptr<char[]> read(new char[size_t(buffer_bytes + kShortRun)]);
+      const std::unique_ptr<char[]> kept(new char[size_t(buffer_bytes + kShortRun)]);
       for (size_t i; !stop && !failed && (i = next++) < tasks.size();) {
         const Task& task = tasks[i];
         read_ahead(i + kTasksAhead);
@@ -201,18 +202,22 @@ std::vector<uint32_t> copy(const std::vector<std::string>& sources, const std::v
         task_checksums[i] = crc32(bytes, size_t(task.target_bytes));
         if (output != nullptr) output->write(bytes, task.target_bytes, task.target_offset);
       }
-    } catch (const FileError& caught) {
+    } catch (...) {
       const std::lock_guard<std::mutex> lock(mutex);
-      if (!failed) error = caught;
+      if (!failed) error = std::current_exception();
       failed = true;
     }
   };
   for (size_t i = 0; i < kTasksAhead; ++i) read_ahead(i);
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(work);
+  others.reserve(size_t(threads - 1));
+  try {
+    for (int i = 1; i < threads; ++i) others.emplace_back(work);
+  } catch (const std::exception&) {  // no more threads are to be had: those that run do the work
+  }
   work();
   for (std::thread& thread : others) thread.join();
-  if (failed) throw error;
+  if (error) std::rethrow_exception(error);
 
   std::vector<uint32_t> checksums(tensors.size(), 0);
   for (size_t i = 0; i < tasks.size(); ++i) {

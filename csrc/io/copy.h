@@ -35,8 +35,8 @@ struct FileError {
 
 // Writes the tensors to the target, or nothing where that is empty, and returns the CRC-32 of each.
 //
-// Every thread has two buffers of `buffer_bytes` and a few bytes. Throws FileError. Returns early, with any
-// checksums, once `stop` is set.
+// Every thread has two buffers of `buffer_bytes` and a few bytes; there are fewer threads where the system has
+// no more. Throws FileError and std::bad_alloc. Returns early, with any checksums, once `stop` is set.
 std::vector<uint32_t> copy(const std::vector<std::string>& sources, const std::vector<Tensor>& tensors,
                            const std::string& target, int threads, int64_t buffer_bytes,
                            const std::atomic<bool>& stop);

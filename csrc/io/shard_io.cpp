@@ -46,7 +46,9 @@ Piece checked(const PyPiece& given, size_t num_sources) {
 [[noreturn]] void raise(const FileError& error) {
   if (error.number == 0) {
     const auto message = "file ends before the data that was expected in it";
-    PyErr_SetObject(PyExc_OSError, py::make_tuple(EIO, message, error.path).ptr());
+    const auto path = py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(error.path.c_str()));
+    if (!path) throw py::error_already_set();
+    PyErr_SetObject(PyExc_OSError, py::make_tuple(EIO, message, path).ptr());
   } else {
     errno = error.number;
     PyErr_SetFromErrnoWithFilename(PyExc_OSError, error.path.c_str());

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,8 @@ import pytest
 from tiny import make_model
 
 from adapt_pruner import apply_plan, shard_io
-from adapt_pruner.checkpoint import CheckpointError, config_hash, open_checkpoint
+from adapt_pruner.apply import _key
+from adapt_pruner.checkpoint import CheckpointError, config_hash, open_checkpoint, read_header
 from adapt_pruner.cli import main
 from adapt_pruner.families import find_family, layer_widths, unit_counts
 from adapt_pruner.plan import PruningPlan
@@ -225,6 +228,80 @@ def test_a_change_of_the_input_or_the_plan_starts_anew(case, halfway, tmp_path, 
     assert written_again((model, *case[1:]), halfway.parent / "output", monkeypatch) == shards
 
 
+def test_what_was_left_counts_as_free_space(case, halfway, monkeypatch):
+    model, plan, _ = case
+    target = halfway.parent / "output"
+    needed = sum(t.end - t.start for f in case[2] if f.endswith(".safetensors")
+                 for t in read_header(model.parent / "expected" / f).values())  # fmt: skip
+    left = sum(path.stat().st_blocks * 512 for path in halfway.iterdir())
+    assert left > needed / 4
+    free, asked = needed - left - 1, []
+
+    def usage(path):
+        asked.append(path)
+        return shutil._ntuple_diskusage(10**12, 0, free)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(OSError, match=f"{needed - left:,} bytes needed, {free:,} free"):
+        apply_plan(PruningPlan.load(plan), model, target, max_shard_bytes=SHARD_BYTES)
+    assert sorted(halfway.parent.iterdir()) == [halfway]
+    free += 1
+    finish(case, target)
+    assert asked == [target.parent] * 2
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_link_is_not_written_through(case, halfway, tmp_path_factory, link):
+    precious = tmp_path_factory.mktemp("elsewhere") / "thesis.txt"
+    precious.write_text("precious")
+    torn = max(halfway.glob("*.safetensors"))
+    torn.unlink()
+    link(precious, torn)
+    finish(case, halfway.parent / "output")
+    assert precious.read_text() == "precious"
+
+
+def replace_keeping_its_time(shard):
+    other = shutil.copy2(shard, shard.with_name("other"))
+    other.replace(shard)
+
+
+def write_keeping_its_time(shard):
+    times = shard.stat()
+    with shard.open("r+b") as file:
+        file.write(file.read(1))
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [replace_keeping_its_time, write_keeping_its_time, Path.unlink])
+def test_an_input_that_changes_meanwhile_is_named(case, tmp_path, monkeypatch, change):
+    model = shutil.copytree(case[0], tmp_path / "model")
+    shard = sorted(model.glob("*.safetensors"))[0]
+    write = shard_io._write_shard
+
+    def write_and_change(path, tensors):
+        checksums = write(path, tensors)
+        if path.name.startswith("model-00005"):
+            change(shard)
+        return checksums
+
+    monkeypatch.setattr(shard_io, "_write_shard", write_and_change)
+    with pytest.raises(CheckpointError, match=f"{shard.name} was changed while it was in use"):
+        apply_plan(PruningPlan.load(case[1]), model, tmp_path / "output", max_shard_bytes=SHARD_BYTES)
+    assert list(tmp_path.iterdir()) == [model]
+
+
+def test_the_key_depends_on_the_files_and_not_on_where_they_are_mounted(case):
+    plan, checkpoint = PruningPlan.load(case[1]), open_checkpoint(case[0])
+
+    def key(**changes):
+        states = {path: replace(state, **changes) for path, state in checkpoint.states.items()}
+        return _key(plan, replace(checkpoint, states=states), SHARD_BYTES)
+
+    assert key(device=1, inode=2) == key()
+    assert len({key(), key(size=1), key(modified_ns=1), key(changed_ns=1)}) == 4
+
+
 def test_an_error_leaves_nothing(case, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
@@ -265,9 +342,17 @@ def test_an_input_that_differs_from_its_checksums_is_named(case, tmp_path, capsy
     capsys.readouterr()
     assert main(["verify", str(model)]) == 1
     assert f"{broken.name}: 1 of" in capsys.readouterr().err
-    (model / "checksums.json").write_text('{"format_version": 1, "files": {"../x": {}}}')
-    with pytest.raises(CheckpointError, match=r"checksums.json is damaged"):
+    checksums = json.loads((model / "checksums.json").read_text())
+    del checksums["files"][broken.name]
+    (model / "checksums.json").write_text(json.dumps(checksums))
+    with pytest.raises(CheckpointError, match=rf"checksums.json has no checksums of \['{broken.name}'\]"):
         apply_plan(plan, model, tmp_path / "output")
+    entry = {"bytes": 1, "header": "", "tensors": []}
+    for files in ({"../x": {}}, [], {"x": 1}, {"x": {}}, {"x": entry}):
+        (model / "checksums.json").write_text(json.dumps({"format_version": 1, "files": files}))
+        with pytest.raises(CheckpointError, match=r"checksums.json (is damaged|has no checksums of)"):
+            apply_plan(plan, model, tmp_path / "output")
+    assert list(tmp_path.iterdir()) == [model]
     (model / "checksums.json").unlink()
     assert main(["verify", str(model), "--json"]) == 0
     assert '"tensors_checked": 0' in capsys.readouterr().out

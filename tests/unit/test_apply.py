@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import zlib
@@ -16,6 +18,7 @@ from transformers import AutoConfig
 
 from adapt_pruner import PruningPlan, apply_plan, shard_io
 from adapt_pruner.checkpoint import config_hash, open_checkpoint
+from adapt_pruner.cli import main
 from adapt_pruner.config import ApplyConfig
 from adapt_pruner.families import by_expert, find_family, layer_widths, unit_counts
 from adapt_pruner.modeling.conversion import keep_config_layers, pruned_config
@@ -103,7 +106,7 @@ def check(plan, directory, output, *, config_bytes=True, **options):
         config.save_pretrained(saved)
         for file in saved.iterdir():
             assert (output / file.name).read_text() == file.read_text()
-    assert shard_io.verify_checksums(output) == len(expected)
+    assert shard_io.verify_checksums(open_checkpoint(output)) == len(expected)
     return files
 
 
@@ -195,6 +198,43 @@ def test_configs_that_older_tools_wrote(stock, tiny_models, tmp_path):
     else:
         check(make_plan(model, removed=(1,)), model, tmp_path / "b", **options)
     check(make_plan(model, uniform=True, share=0.5), model, tmp_path / "c", **options)
+
+
+@pytest.mark.usefixtures("engine")
+def test_paths_that_are_no_text(tiny_models, tmp_path):
+    folder = tmp_path / os.fsdecode(b"mod\xe8le")
+    shutil.copytree(tiny_models["llama"], folder / "model")
+    plan = make_plan(folder / "model")
+    apply_plan(plan, folder / "model", folder / "pruned")
+    assert shard_io.verify_checksums(open_checkpoint(folder / "pruned"))
+    (folder / "short").write_bytes(b"1")
+    for name, error in (("short", OSError), ("absent", FileNotFoundError)):
+        piece = shard_io.Piece(folder / name, 0, 1, 0, np.array([[0, 2]]))
+        with pytest.raises(error) as caught:
+            shard_io._copy([(0, [piece])], None)
+        assert caught.value.filename == str(folder / name)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_an_output_in_the_model_is_refused(tiny_models, tmp_path, linked):
+    model = shutil.copytree(tiny_models["llama"], tmp_path / "model")
+    if linked:
+        (tmp_path / "link").symlink_to(model)
+    before = sorted(model.iterdir())
+    output = tmp_path / ("link" if linked else "model") / "deep" / "pruned"
+    with pytest.raises(
+        ValueError, match=r"pruned is in the directory of the model, .*model, which is only read"
+    ):
+        apply_plan(make_plan(model), model, output)
+    assert sorted(model.iterdir()) == before
+
+
+def test_an_output_without_a_name(tiny_models, tmp_path, monkeypatch, capsys):
+    make_plan(tiny_models["llama"]).save(tmp_path / "plan.json")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert main(["apply", str(tmp_path / "plan.json"), str(tiny_models["llama"]), "--output", "."]) == 1
+    assert "'.' ends in no name; expected the path of a directory to create" in capsys.readouterr().err
 
 
 NEITHER = """
@@ -308,6 +348,38 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
         shard_io._engine()([str(tmp_path / "nowhere")], [(0, [(0, 0, 1, 0, runs)])], "", 1, 64)
     with pytest.raises(FileNotFoundError, match="target"):
         shard_io._engine()([str(source)], [(0, [(0, 0, 1, 0, runs)])], str(tmp_path / "target"), 1, 64)
+
+
+SCARCE = """
+import resource, sys, zlib
+import numpy as np
+from adapt_pruner._io import copy
+
+source, threads, buffer_bytes, spare = sys.argv[1], *map(int, sys.argv[2:])
+if spare:
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + spare,) * 2)
+print(copy([source], [(0, [(0, 0, 1, 0, np.array([[0, 100_000]]))])], "", threads, buffer_bytes))
+"""
+
+
+@pytest.mark.parametrize(
+    ("threads", "buffer_bytes", "spare", "status"), [(2, 2**62, 0, 1), (500, 64, 100 * 2**20, 0)]
+)
+def test_too_little_memory_for_buffers_or_threads(tmp_path, threads, buffer_bytes, spare, status):
+    """Buffers that cannot be had are an error; threads that cannot be had are done without."""
+    pytest.importorskip("adapt_pruner._io")
+    source = tmp_path / "source"
+    source.write_bytes(bytes(range(250)) * 400)
+    done = subprocess.run(
+        [sys.executable, "-c", SCARCE, str(source), *map(str, (threads, buffer_bytes, spare))],
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    if status:
+        assert done.stderr.splitlines()[-1].startswith("MemoryError")
+    else:
+        assert done.stdout == f"[{zlib.crc32(source.read_bytes())}]\n"
 
 
 def test_the_extension_refuses_what_is_no_piece():

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,18 +17,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, make_model
 
-from adapt_pruner import checkpoint
+from adapt_pruner import checkpoint, output
 from adapt_pruner.checkpoint import (
     CheckpointError,
-    atomic_directory,
     config_hash,
     copy_side_files,
     open_checkpoint,
     read_header,
-    require_free_space,
     write_json,
     write_text,
 )
+from adapt_pruner.output import atomic_directory, require_free_space, resumable_directory
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -146,6 +149,13 @@ def test_a_quantised_model(model):
         open_checkpoint(model)
 
 
+@pytest.mark.parametrize("value", ["gptq", ["gptq"], 4])
+def test_a_quantisation_that_is_no_object(model, value):
+    edit_json(model / "config.json", lambda c: c.update(quantization_config=value))
+    with pytest.raises(CheckpointError, match=f"is quantised \\({re.escape(repr(value))}\\)"):
+        open_checkpoint(model)
+
+
 def test_no_weights(model):
     (model / WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match=f"expected {WEIGHTS} or {INDEX}, found neither$"):
@@ -200,6 +210,19 @@ def test_an_index_without_tensors(sharded, index):
         open_checkpoint(sharded)
 
 
+@pytest.mark.parametrize("weight_map", [[WEIGHTS], WEIGHTS, {"lm_head.weight": 3}, None])
+def test_an_index_that_is_none(sharded, weight_map):
+    (sharded / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=f"{INDEX}: weight_map is .*, expected files of tensors"):
+        open_checkpoint(sharded)
+
+
+def test_json_that_is_nested_too_deep(model):
+    (model / "config.json").write_text("[" * 200_000)
+    with pytest.raises(CheckpointError, match=r"config.json is not valid JSON: maximum recursion depth"):
+        open_checkpoint(model)
+
+
 @pytest.mark.parametrize("cut", [1, 1000, 40_000])
 def test_a_truncated_shard_names_both_sizes(sharded, cut):
     shard = sorted(sharded.glob("*.safetensors"))[1]
@@ -250,14 +273,65 @@ def test_a_web_page_in_place_of_the_weights(model):
         ),
         (
             {"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}},
-            r"tensor a of F32 \(1,\) has 4 bytes of data",
+            r"the safetensors header is damaged: .* tensor 'a' has .*\[-4, 0\]",
         ),
+        (
+            {"a": {"dtype": 3, "shape": [1], "data_offsets": [0, 4]}},
+            "the safetensors header is damaged: .* 3",
+        ),
+        ({"a": {"dtype": "F32", "shape": "1", "data_offsets": [0, 4]}}, r"the safetensors header is damaged"),
+        ({"a": {"dtype": "F32", "shape": "", "data_offsets": [0, 4]}}, r"the safetensors header is damaged"),
+        ({"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}, r".* damaged: .*\[-1, -1\]"),
+        ({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, r".* damaged: .*\[True\]"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4.0]}}, r".* damaged: .*\[0.0, 4.0\]"),
+        ({"a": {"dtype": "F4", "shape": [1], "data_offsets": [4, 0]}}, r"tensor a of F4 \(1,\) has -4 bytes"),
+        ({"\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, r".* damaged: .*'\\ud800'"),
+        (b"[" * 200_000, "the safetensors header is not JSON: maximum recursion depth"),
+        (b'{"a": 1, "b": 2, "a": 3}', "the safetensors header is not JSON: 'a' is there twice"),
+        ('{"a": 1}'.encode("utf-16"), "the safetensors header is not JSON: 'utf-8' codec"),
     ],
 )
 def test_a_damaged_header(tmp_path, header, message):
     path = tmp_path / WEIGHTS
     write_safetensors(path, header, b"\0" * 4)
     with pytest.raises(CheckpointError, match=f"{WEIGHTS}: {message}"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        (
+            [(0, 8), (4, 12)],
+            "tensor b begins at byte 4 of the data, expected 8, where the one before it ends",
+        ),
+        ([(0, 8), (0, 8)], "tensor b begins at byte 0 of the data, expected 8"),
+        ([(0, 4), (8, 12)], "tensor b begins at byte 8 of the data, expected 4"),
+        ([(4, 8), (8, 12)], "tensor a begins at byte 4 of the data, expected 0"),
+    ],
+)
+def test_tensors_that_overlap_or_leave_holes(tmp_path, ranges, message):
+    path = tmp_path / WEIGHTS
+    header = {
+        name: {"dtype": "F32", "shape": [(end - start) // 4], "data_offsets": [start, end]}
+        for name, (start, end) in zip("ab", ranges, strict=True)
+    }
+    write_safetensors(path, header, b"\0" * max(end for _, end in ranges))
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: {message}"):
+        read_header(path)
+
+
+def test_empty_tensors_leave_no_holes(tmp_path):
+    save_file({n: torch.zeros(s) for n, s in {"a": (2,), "b": (0, 4), "c": (3,)}.items()}, tmp_path / WEIGHTS)
+    assert {name: info.shape for name, info in read_header(tmp_path / WEIGHTS).items()}["b"] == (0, 4)
+
+
+def test_a_header_that_safetensors_would_not_read(tmp_path):
+    path = tmp_path / WEIGHTS
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 2**32))
+        file.truncate(2**33)
+    with pytest.raises(CheckpointError, match="header of 4294967296 bytes, expected at most 100000000"):
         read_header(path)
 
 
@@ -385,6 +459,111 @@ def test_a_target_in_use_is_refused_and_untouched(tmp_path, kind):
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.fixture(params=["atomic", "resumable"])
+def written_directory(request):
+    return atomic_directory if request.param == "atomic" else lambda path: resumable_directory(path, "key")
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "mount point", "."])
+def test_a_target_that_no_directory_can_replace(tmp_path, monkeypatch, kind, written_directory):
+    target = Path() if kind == "." else tmp_path / "model"
+    monkeypatch.chdir(tmp_path)
+    if kind.endswith("link"):
+        target.symlink_to(tmp_path / "elsewhere")
+        if kind == "link":
+            (tmp_path / "elsewhere").mkdir()
+    elif kind == "mount point":
+        target.mkdir()
+        monkeypatch.setattr(output, "_mount_of", str)
+    before = sorted(tmp_path.iterdir())
+
+    def write() -> None:
+        with written_directory(target):
+            pytest.fail("the block ran")
+
+    expected = "'.' ends in no name" if kind == "." else f"{target} is a .*{kind.split()[-1]}.*; nothing was"
+    with pytest.raises(ValueError if kind == "." else FileExistsError, match=expected):
+        write()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_bind_mount_is_a_mount_point(tmp_path):
+    """It has the device of its parent, and no rename can replace it."""
+    for name in ("source", "target"):
+        (tmp_path / name).mkdir()
+    check = "import sys, pathlib, adapt_pruner.output as o; o.require_empty(pathlib.Path(sys.argv[1]))"
+    inside = 'mount --bind "$1" "$2" && exec "$3" -c "$4" "$2"'
+    command = ["unshare", "-rm", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces of mounts")
+    paths = [tmp_path / "source", tmp_path / "target", sys.executable, check]
+    done = subprocess.run([*command, inside, "sh", *map(str, paths)], capture_output=True, text=True)
+    assert f"FileExistsError: {tmp_path / 'target'} is a mount point" in done.stderr
+
+
+def test_a_directory_gets_its_name_when_it_is_on_the_disk(tmp_path, monkeypatch, written_directory):
+    done = []
+    rename = Path.rename
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        done.append("partial" if path.name.startswith(".model.") else path.name)
+
+    def renamed(path: Path, target: Path) -> Path:
+        done.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(output.os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", renamed)
+    with written_directory(tmp_path / "model") as partial:
+        (partial / "folder").mkdir()
+        (partial / "folder" / "a.txt").write_text("a")
+    assert sorted(done[:2]) == ["a.txt", "folder"]
+    assert done[2:] == ["partial", "rename", tmp_path.name]
+
+
+def test_what_another_process_publishes_meanwhile(tmp_path, monkeypatch):
+    """Between the listing and the lock: it is left alone. Before our own lock: nothing is written into it."""
+    listed = output._resumable_directories
+
+    def published(target: Path) -> list[Path]:
+        return [*listed(target), tmp_path / ".model.resumable-gone"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "_resumable_directories", published)
+        with resumable_directory(tmp_path / "model", "key") as partial:
+            assert partial.is_dir()
+    shutil.rmtree(tmp_path / "model")
+
+    lock = output.fcntl.flock
+
+    def locked(descriptor: int, operation: int) -> None:
+        (tmp_path / ".model.resumable-key").rename(tmp_path / "published")
+        lock(descriptor, operation)
+
+    def write() -> None:
+        with resumable_directory(tmp_path / "model", "key"):
+            pytest.fail("the block ran")
+
+    monkeypatch.setattr(output.fcntl, "flock", locked)
+    with pytest.raises(BlockingIOError, match="another process is writing"):
+        write()
+    assert list(tmp_path.iterdir()) == [tmp_path / "published"]
+
+
+def test_a_link_in_place_of_what_was_left(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / ".model.resumable-key").symlink_to("precious")
+
+    def write() -> None:
+        with resumable_directory(tmp_path / "model", "key"):
+            pytest.fail("the block ran")
+
+    with pytest.raises(NotADirectoryError, match="resumable-key"):
+        write()
+    assert (tmp_path / "precious").is_dir()
+
+
 def test_a_target_that_fills_up_meanwhile_is_not_overwritten(tmp_path):
     target = tmp_path / "model"
 
@@ -455,7 +634,7 @@ def test_the_free_space_is_that_of_the_target(tmp_path, monkeypatch):
         asked.append(Path(path))
         return shutil._ntuple_diskusage(100, 40, 60)
 
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", usage)
+    monkeypatch.setattr(output.shutil, "disk_usage", usage)
     require_free_space(tmp_path / "new" / "model", 60)
     with pytest.raises(OSError, match="61 bytes needed, 60 free"):
         require_free_space(tmp_path / "new" / "model", 61)
