@@ -124,6 +124,9 @@ class StreamingEngine:
         """Unit and layer importance from two sweeps over the layers with `batch`, [sequences, length].
 
         See `scoring.score` for the settings; `others` do not matter to the estimators that there are here.
+
+        Raises:
+            CheckpointError: also if a file of the checkpoint has changed since the engine was made.
         """
         assert not any(others.get(what) for what in ("grams", "means")), "compensation is refused before"
         before = self._reader.bytes_read
@@ -144,6 +147,7 @@ class StreamingEngine:
             share=share,
             backend=self._backend,
         )
+        self.checkpoint.require_unchanged()
         self.measured = {
             "sweep_seconds": sweeps.seconds,
             "weight_bytes_read": self._reader.bytes_read - before,
@@ -189,6 +193,7 @@ class StreamingEngine:
         def copy(partial: Path) -> None:
             kept = {name: KeptTensor(info, *self._members.get(name, ())) for name, info in stored.items()}
             write_shards(partial, [tensor.as_new(name) for name, tensor in kept.items()])
+            self.checkpoint.require_unchanged()
 
         self._reader.require_finite(stored)
         as_it_is = {info.dtype for info in stored.values()} == {DTYPE_NAMES.get(self._dtype)}

@@ -384,6 +384,18 @@ def test_tensors_of_units_that_the_model_does_not_have(tmp_path):
         StreamingEngine(open_checkpoint(tmp_path), directory=tmp_path, device="cpu")
 
 
+def test_files_that_change_under_it_are_named(tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    engine = StreamingEngine(open_checkpoint(tmp_path), directory=tmp_path, device="cpu")
+    engine.score(BATCH, micro_batch_size=4)
+    make_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*chang"):
+        engine.score(BATCH, micro_batch_size=4)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*chang"):
+        engine.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_room_for_activations_is_seen_to(settings, monkeypatch):
     asked = []
     monkeypatch.setattr(pruner, "require_free_space", lambda target, num_bytes: asked.append(num_bytes))
