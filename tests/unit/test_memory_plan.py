@@ -181,7 +181,7 @@ def test_large_layers_are_timed_with_all_widths_narrower(tiny_models, monkeypatc
         return summary_of(checkpoint, **options)
 
     monkeypatch.setattr(memory_plan, "summary_of", seen)
-    monkeypatch.setattr(memory_plan, "_TIMED_BYTES", 50_000)
+    monkeypatch.setattr(memory_plan, "_TIMED_BYTES", 100_000)
     config = transformers.AutoConfig.from_pretrained(tiny_models["qwen3_moe"])
     assert layer_flops_per_second(config, torch.float32, torch.device("cpu")) > 0
     halved = {name: timed[0][name] for name in ("hidden_size", "moe_intermediate_size")}
