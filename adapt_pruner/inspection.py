@@ -14,6 +14,7 @@ from adapt_pruner.assets import resolve_model
 from adapt_pruner.checkpoint import DTYPE_BYTES, Checkpoint, open_checkpoint
 from adapt_pruner.config import InspectConfig
 from adapt_pruner.families import LayerWidths, find_family, layer_widths, unit_costs
+from adapt_pruner.modeling.registration import register
 from adapt_pruner.plan import PruningPlan
 
 
@@ -127,7 +128,9 @@ def attended_tokens(checkpoint: Checkpoint, context: int) -> list[int]:
         # Which layers look at the window alone follows from other keys, as the class of the config knows.
         from transformers import AutoConfig
 
-        built = AutoConfig.from_pretrained(checkpoint.directory)
+        register()
+        values = {key: value for key, value in config.items() if key != "model_type"}
+        built = AutoConfig.for_model(config["model_type"], **values)
         if built.sliding_window is None:
             return [context] * num_layers
         types = getattr(built, "layer_types", None) or ["sliding_attention"] * num_layers

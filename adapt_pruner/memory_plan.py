@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -31,6 +32,14 @@ from adapt_pruner.scoring.layerwise import CHUNK_BYTES
 
 _TIMED_TOKENS = 256
 _TIMED_BYTES = 64 * 2**20  # weights at most of the layer that is timed
+# Widths of that layer, which are halved until it has no more.
+_WIDTHS = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 _DISK_BYTES = 256 * 2**20  # that are written and read to time the disk
 
 
@@ -42,11 +51,13 @@ class MachineRates:
         flops_per_second: of a decoder layer of the model, forward and backward, in the dtype of the weights.
         disk_bytes_per_second: reading a file that is in no cache.
         available_bytes: of memory, now.
+        disk_directory: where that file was, or None where it was not measured.
     """
 
     flops_per_second: float
     disk_bytes_per_second: float
     available_bytes: int
+    disk_directory: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,9 +121,11 @@ def plan_memory(config: PlanMemoryConfig, *, rates: MachineRates | None = None) 
     Args:
         rates: instead of those measured now, which takes seconds.
     Raises:
-        ValueError: an unknown architecture, a setting that does not fit, or a method that scores no units.
+        ValueError: an unknown architecture, a setting that does not fit, a method that scores no units, or
+            no directory to measure the disk in.
     """
-    described = _described(config.model)
+    path = _path_of(config.model)
+    described = _described(config.model, path)
     said = described.dtype if isinstance(described.dtype, torch.dtype) else torch.bfloat16
     dtype = DTYPES.get(config.dtype, said)
     checkpoint = _headers(described, dtype)
@@ -137,8 +150,9 @@ def plan_memory(config: PlanMemoryConfig, *, rates: MachineRates | None = None) 
     device = resolve_device(config.device)
     if rates is None:
         flops = layer_flops_per_second(described, dtype, device)
-        disk = disk_bytes_per_second(Path(tempfile.gettempdir()))
-        rates = MachineRates(flops, disk, available_memory(device))
+        directory = _disk_directory(path)
+        disk = disk_bytes_per_second(directory)
+        rates = MachineRates(flops, disk, available_memory(device), str(directory))
     summary = summary_of(checkpoint, context=max(1, settings.sequence_length // 2))
     costs = _Costs(settings, estimator, checkpoint, family, summary, rates)
     engines = (
@@ -160,15 +174,33 @@ def plan_memory(config: PlanMemoryConfig, *, rates: MachineRates | None = None) 
     )
 
 
-def _described(model: str) -> PreTrainedConfig:
-    """The config of a model: of a directory, a config.json, a built-in model, or one of the hub."""
-    register()
+def _path_of(model: str) -> Path | None:
+    """A directory or config.json, of a run or a built-in model too; None where there is none."""
     path = Path(model).expanduser()
     is_run = path.is_dir() and not (path / "config.json").exists()
     if is_run or model in MODELS:
         path = resolve_model(model)
+    return path if path.exists() else None
+
+
+def _disk_directory(path: Path | None) -> Path:
+    """Where the disk is measured: beside the model or, where that cannot be, in the working directory."""
+    own = [] if path is None else [path if path.is_dir() else path.parent]
+    directories = [directory.resolve() for directory in (*own, Path())]
+    for directory in directories:
+        if os.access(directory, os.W_OK) and shutil.disk_usage(directory).free > _DISK_BYTES:
+            return directory
+    raise ValueError(
+        f"the disk cannot be measured in {' or '.join(map(str, directories))}: expected a directory that can "
+        f"be written to, with {_DISK_BYTES / 1e6:.0f} MB of space; try another working directory"
+    )
+
+
+def _described(model: str, path: Path | None) -> PreTrainedConfig:
+    """The config of a model: of a directory, a config.json, a built-in model, or one of the hub."""
+    register()
     try:
-        return AutoConfig.from_pretrained(str(path) if path.exists() else model)
+        return AutoConfig.from_pretrained(model if path is None else str(path))
     except OSError as error:
         raise ValueError(
             f"model is {model!r}, expected a directory or config.json, one of {sorted(MODELS)}, or a model "
@@ -273,19 +305,21 @@ class _Costs:
 def layer_flops_per_second(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> float:
     """What forward and backward pass of a random decoder layer reach, the better of two rounds.
 
-    It is one of the model's where that is small, else one whose widths are halved until it is.
+    It is one of the model's where that is small, else one whose widths are halved until it is. FLOPs are
+    those of `summary_of`: of the experts that a token goes through alone.
     """
     config = copy.deepcopy(config)
     keep_config_layers(config, range(1))
     config.vocab_size = 256
     config.pad_token_id = config.bos_token_id = config.eos_token_id = None
     while sum(p.numel() for p in empty_model(config, dtype).parameters()) * dtype.itemsize > _TIMED_BYTES:
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
-            setattr(config, name, max(1, getattr(config, name) // 2))
+        for name in _WIDTHS:
+            if hasattr(config, name):
+                setattr(config, name, max(1, getattr(config, name) // 2))
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         ids = torch.randint(0, 256, (4, _TIMED_TOKENS // 4))
-    matrices = sum(p.numel() for p in model.base_model.layers.parameters() if p.dim() > 1)
+    layer = summary_of(_headers(config, dtype), context=ids.shape[1] // 2).layers[0]
     best = float("inf")
     for _ in range(2):
         began = time.perf_counter()
@@ -293,7 +327,7 @@ def layer_flops_per_second(config: PreTrainedConfig, dtype: torch.dtype, device:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - began)
-    return 3 * 2 * matrices * ids.numel() / best
+    return 3 * layer.flops_per_token * ids.numel() / best
 
 
 def disk_bytes_per_second(directory: Path) -> float:

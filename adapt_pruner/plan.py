@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from adapt_pruner.families import Family, Granularity, LayerWidths, MlpGranulari
 
 FORMAT_VERSION = 1
 Indices = npt.NDArray[np.int64]
+Runs = npt.NDArray[np.int64]  # [n, 2], first index and length of each
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +74,7 @@ class PruningPlan:
                 f"0..{len(layers) - 1}, and not all"
             )
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """sha256 over everything in the plan."""
         return _hash(self._payload())
@@ -151,8 +155,17 @@ class PruningPlan:
         }
 
     def to_json(self) -> str:
-        """The plan as JSON, keep_indices run-length coded as [first, length], with its hash."""
-        return json.dumps({**self._payload(), "hash": self.hash}, indent=1) + "\n"
+        """The plan as JSON, keep_indices run-length coded as [first, length], with its hash.
+
+        Each unit kind of a layer is one line; indented, each number would be.
+        """
+        payload = self._payload()
+        layers = "\n  },\n  {\n".join(
+            ",\n".join(f"   {_dumps(kind)}: {_dumps(entry)}" for kind, entry in layer.items())
+            for layer in payload.pop("layers")
+        )
+        head = json.dumps({**payload, "hash": self.hash}, indent=1).removesuffix("\n}")
+        return f'{head},\n "layers": [\n  {{\n{layers}\n  }}\n ]\n}}\n'
 
     @classmethod
     def from_json(cls, text: str) -> PruningPlan:
@@ -162,7 +175,7 @@ class PruningPlan:
             ValueError: not a plan, another format version, or contents that do not match the hash.
         """
         try:
-            payload = json.loads(text)
+            payload = json.loads(text, object_hook=_runs_as_array)
             version, stored = payload["format_version"], payload["hash"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"not a pruning plan: {error!r}") from error
@@ -237,27 +250,72 @@ def within_expert(member: UnitTensor, shape: Sequence[int], keep: Indices) -> In
 
     Args:
         shape: of the tensor that the member names.
+        keep: sorted.
     """
     if member.expert is None:
         return keep
     rows = member.matrix_shape(shape)[member.dim] if member.segment is None else member.segment.length
     units = rows // member.group_size
-    numbers: Indices = keep - member.expert * units
-    return numbers[(numbers >= 0) & (numbers < units)]
+    before = member.expert * units
+    first, end = np.searchsorted(keep, (before, before + units))
+    numbers: Indices = keep[first:end] - before
+    return numbers
+
+
+def _runs_as_array(entry: dict[str, Any]) -> dict[str, Any]:
+    """Makes an array of the runs in a layer's entry as soon as they are parsed: lists take ten times as much.
+
+    What is no list of runs stays as it is, for the hash to be that of the file.
+    """
+    runs = entry.get("keep_runs")
+    if isinstance(runs, list) and {*map(type, runs)} <= {list} and {*map(len, runs)} <= {2}:
+        numbers = list(chain.from_iterable(runs))
+        if {*map(type, numbers)} <= {int} and all(0 <= number < 2**31 for number in numbers):
+            entry["keep_runs"] = np.array(numbers, np.int64).reshape(-1, 2)
+    return entry
 
 
 def _hash(payload: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for text in _sorted_json(payload):
+        digest.update(text.encode())
+    return digest.hexdigest()
 
 
-def encode_runs(indices: Indices) -> list[list[int]]:
-    """Sorted indices as runs [first, length]."""
-    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
-    return [[int(run[0]), len(run)] for run in np.split(indices, breaks)]
+def _sorted_json(payload: Mapping[str, Any]) -> Iterator[str]:
+    """json.dumps(payload, sort_keys=True) in pieces, each layer being one."""
+    for number, (key, value) in enumerate(sorted(payload.items())):
+        yield f"{', ' if number else '{'}{_dumps(key)}: "
+        if isinstance(value, list):
+            yield "["
+            for index, element in enumerate(value):
+                yield f"{', ' if index else ''}{_dumps(element)}"
+            yield "]"
+        else:
+            yield _dumps(value)
+    yield "}"
 
 
-def decode_runs(runs: Sequence[Sequence[int]]) -> Indices:
-    """Inverse of `encode_runs`."""
-    if not runs:
-        return np.empty(0, np.int64)
-    return np.concatenate([np.arange(first, first + length, dtype=np.int64) for first, length in runs])
+def _dumps(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=np.ndarray.tolist)
+
+
+def encode_runs(indices: Indices) -> Runs:
+    """Sorted indices as runs."""
+    begins = np.flatnonzero(np.diff(indices, prepend=indices[:1] - 2) != 1)
+    return np.column_stack([indices[begins], np.diff(begins, append=len(indices))])
+
+
+def decode_runs(runs: Runs) -> Indices:
+    """Inverse of `encode_runs`.
+
+    Raises:
+        TypeError: not an array of runs.
+    """
+    if not isinstance(runs, np.ndarray):
+        raise TypeError(f"runs are {reprlib.repr(runs)}, expected pairs [first, length] of integers")
+    ends = np.cumsum(runs[:, 1])
+    shifts = runs[:, 0] - ends + runs[:, 1]  # of indices from their place among all
+    result: Indices = np.repeat(shifts, runs[:, 1])
+    result += np.arange(len(result))
+    return result

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -138,7 +139,8 @@ def agreed(keep: Sequence[Mapping[str, Indices]]) -> tuple[dict[str, Indices], .
     Raises:
         RuntimeError: one has not.
     """
-    own = json.dumps([{kind: encode_runs(indices) for kind, indices in layer.items()} for layer in keep])
+    runs = [{kind: encode_runs(indices).tolist() for kind, indices in layer.items()} for layer in keep]
+    own = json.dumps(runs)
     decided = [own]
     dist.broadcast_object_list(decided)
     hashes: list[str] = [""] * world().size
@@ -151,7 +153,8 @@ def agreed(keep: Sequence[Mapping[str, Indices]]) -> tuple[dict[str, Indices], .
                 f"{expected}"
             )
     return tuple(
-        {kind: decode_runs(runs) for kind, runs in layer.items()} for layer in json.loads(decided[0])
+        {kind: decode_runs(np.array(kept)) for kind, kept in layer.items()}
+        for layer in json.loads(decided[0])
     )
 
 

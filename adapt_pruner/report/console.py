@@ -189,9 +189,10 @@ def show_memory_plan(console: Console, plan: MemoryPlan) -> None:
         )
     console.print(table)
     machine = plan.machine
+    where = f" at {escape(machine.disk_directory)}" if machine.disk_directory else ""
     console.print(
         f"FLOPs and time of an iteration, by {machine.flops_per_second / 1e9:,.0f} GFLOP/s in a layer and "
-        f"{machine.disk_bytes_per_second / 1e9:.2f} GB/s from the disk, measured here just now; "
+        f"{machine.disk_bytes_per_second / 1e9:.2f} GB/s from the disk{where}, measured here just now; "
         f"{machine.available_bytes / 1e9:.1f} GB of memory available"
     )
     for e in plan.engines:

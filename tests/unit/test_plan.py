@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from adapt_pruner.families import LayerWidths, find_family
-from adapt_pruner.plan import PruningPlan, decode_runs, encode_runs
+from adapt_pruner.families import LayerWidths, UnitTensor, find_family
+from adapt_pruner.plan import PruningPlan, decode_runs, encode_runs, within_expert
 
 BASE = (LayerWidths(8, 4, 12, 10), LayerWidths(8, 4, 9, 10))
 
@@ -73,6 +75,45 @@ def test_the_file_holds_runs_and_the_hash():
     }
 
 
+def test_each_layer_and_kind_is_a_line():
+    lines = [line.strip() for line in make_plan(removed_layers=(0,)).to_json().splitlines()]
+    assert sum("keep_runs" in line for line in lines) == 4
+    assert '"kv_group": {"initial": 4, "keep_runs": [[0, 1], [3, 1]]}' in lines
+
+
+LOAD = """
+import sys
+import time
+
+from adapt_pruner.plan import PruningPlan
+
+began = time.perf_counter()
+plan = PruningPlan.load(sys.argv[1])
+print(plan.hash, "torch" in sys.modules, time.perf_counter() - began)
+print(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
+"""
+
+
+def test_a_plan_of_the_largest_model_is_loaded_in_little_memory_and_time(tmp_path):
+    layers, channels = 126, 53248  # of Llama 3.1 405B
+    rng = np.random.default_rng(0)
+    plan = make_plan(
+        initial_units=({"kv_group": 8, "channel": channels},) * layers,
+        keep_indices=tuple(
+            {"kv_group": np.arange(8), "channel": np.flatnonzero(rng.random(channels) < 0.65)}
+            for _ in range(layers)
+        ),
+    )
+    plan.save(tmp_path / "plan.json")
+    assert (tmp_path / "plan.json").stat().st_size < 20e6
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "plan.json")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    digest, torch_loaded, seconds, kilobytes = result
+    assert (digest, torch_loaded) == (plan.hash, "False")
+    assert int(kilobytes) < 200e3
+    assert float(seconds) < 20  # takes 2
+
+
 def test_a_plan_that_was_reformatted_is_still_the_same_plan():
     payload = json.loads(make_plan().to_json())
     shuffled = dict(sorted(payload.items(), reverse=True))
@@ -96,6 +137,20 @@ def test_the_hash_does_not_depend_on_the_order_of_dictionaries():
 def test_the_hash_is_fixed_by_the_format():
     # Plans are kept beside models for years: a change of this value needs a new format version.
     assert make_plan().hash == "80d1c4bedec38c8b687276299e2777776b2410ea21d83cbc0ea57b3823bcc605"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"removed_layers": (1,)},
+        {"settings": {"ünits": [1.5, {"b": None, "a": True}], "layers": [], "empty": {}}},
+    ],
+)
+def test_the_hash_is_that_of_the_sorted_json(change):
+    plan = make_plan(**change)
+    assert json.loads(signed(json.loads(plan.to_json())))["hash"] == plan.hash
+    assert plan.hash is plan.hash  # computed once
 
 
 @pytest.mark.parametrize(
@@ -161,6 +216,21 @@ def test_a_changed_plan_is_refused_and_both_hashes_are_named():
         PruningPlan.from_json(json.dumps(payload))
 
 
+# What JSON can have in place of runs.
+NO_RUNS = [5, None, "", {}, [5], [[]], [{}], [[0, 1], [2]], [[0, 1, 2]], [[0, 1.0]], [[0, True]], [["0", 1]],
+           [[-1, 1]], [[0, -1]], [[0, 10**15]], [[0, 10**30]]]  # fmt: skip
+
+
+@pytest.mark.parametrize("runs", NO_RUNS, ids=str)
+def test_runs_that_are_none_are_refused(runs):
+    payload = json.loads(make_plan().to_json())
+    payload["layers"][0]["channel"]["keep_runs"] = runs
+    with pytest.raises(ValueError, match="changed or damaged"):
+        PruningPlan.from_json(json.dumps(payload))
+    with pytest.raises(ValueError, match=r"not a pruning plan: .*runs are .*, expected pairs \["):
+        PruningPlan.from_json(signed(payload))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -168,7 +238,6 @@ def test_a_changed_plan_is_refused_and_both_hashes_are_named():
         lambda p: p.pop("settings"),
         lambda p: p.update(layers=None),
         lambda p: p["layers"][0].pop("channel"),
-        lambda p: p["layers"][0]["channel"].update(keep_runs=[[0, 10**15]]),
         lambda p: p["layers"][0]["channel"].pop("initial"),
         lambda p: p.update(note="by hand"),
     ],
@@ -186,7 +255,6 @@ def test_any_damage_is_found_before_the_contents_are_used(damage):
         lambda p: p.pop("layers"),
         lambda p: p.update(layers=[1]),
         lambda p: p["layers"][0]["channel"].pop("initial"),
-        lambda p: p["layers"][0]["channel"].update(keep_runs=5),
     ],
 )
 def test_a_file_with_a_fitting_hash_but_other_contents_is_no_plan(damage):
@@ -306,18 +374,27 @@ def test_widths_need_every_unit_kind_of_the_family():
     ],
 )
 def test_runs_by_hand(indices, runs):
-    assert encode_runs(np.array(indices)) == runs
-    assert decode_runs(runs).tolist() == indices
+    assert encode_runs(np.array(indices)).tolist() == runs
+    assert decode_runs(np.array(runs)).tolist() == indices
 
 
 def test_runs_round_trip_any_selection():
     rng = np.random.default_rng(0)
     for share in (0.01, 0.5, 0.99):
         indices = np.flatnonzero(rng.random(3000) < share)
-        runs = json.loads(json.dumps(encode_runs(indices)))
-        assert np.array_equal(decode_runs(runs), indices)
+        assert np.array_equal(decode_runs(encode_runs(indices)), indices)
 
 
 def test_no_runs_are_no_indices():
-    assert decode_runs([]).dtype == np.int64
-    assert len(decode_runs([])) == 0
+    runs = encode_runs(np.empty(0, np.int64))
+    assert (runs.shape, runs.dtype) == ((0, 2), np.int64)
+    assert decode_runs(runs).dtype == np.int64
+    assert len(decode_runs(runs)) == 0
+
+
+def test_units_of_each_expert_are_found_in_those_of_all():
+    keep = np.array([0, 3, 8, 9, 11, 12])
+    found = [
+        within_expert(UnitTensor("w", 0, 2, expert=expert), (4, 8, 5), keep).tolist() for expert in range(4)
+    ]
+    assert found == [[0, 3], [], [0, 1, 3], [0]]
