@@ -260,7 +260,9 @@ class _Costs:
         kept = min(count + 1, budget // boundary)
         memory = max(sweep, head + 4 * CHUNK_BYTES) + kept * boundary
         weights = sum(self._layers) * (2 if self._backward else 1) + head
-        moved = (count + 1 - kept) * boundary * (4 if self._backward else 2)
+        # Written and read once, as the input of a layer once more, and as its gradient once more both.
+        uses = [3, *[5] * (count - 1), 4] if self._backward else [2] * (count + 1)
+        moved = boundary * sum(uses[kept:])
         # A forward pass, and once more with the backward pass.
         return self._plan("streaming", memory, 0, weights + moved, 4, 1, problem)
 

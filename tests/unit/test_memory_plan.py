@@ -50,17 +50,22 @@ def test_totals_are_those_of_the_model(config, tiny_models):
     assert plan.calibration_tokens == 8 * 32
 
 
-def test_streaming_reads_what_was_predicted(config, tiny_models, calibration_file, tmp_path):
-    predicted = plans(replace(config, memory="1MB"))["streaming"]
+@pytest.mark.parametrize("memory", ["1MB", "100KB", "1B"])
+def test_streaming_reads_and_moves_what_was_predicted(
+    config, tiny_models, calibration_file, tmp_path, memory
+):
+    predicted = plans(replace(config, memory=memory))["streaming"]
     run = prune(
         PruneConfig(
             str(tiny_models["llama"]), 0.95, str(tmp_path / "run"), calibration=str(calibration_file),
-            num_sequences=8, sequence_length=32, micro_batch_size=4, engine="streaming", memory="1MB",
+            num_sequences=8, sequence_length=32, micro_batch_size=4, engine="streaming", memory=memory,
             device="cpu",
         )
     ).run_directory  # fmt: skip
     record = json.loads((run / "iterations" / "001.json").read_text())["engine"]
-    rows = record["weight_bytes_read"] - predicted.bytes_per_iteration  # of the embedding that occur
+    moved = record["weight_bytes_read"] + record["boundary_bytes_moved"]
+    rows = moved - predicted.bytes_per_iteration  # of the embedding that occur
+    assert (record["boundaries_on_disk"] == 0) == (memory == "1MB")
     weights = weights_of(tiny_models["llama"])
     assert 0 < rows < weights["model.embed_tokens.weight"]
     assert predicted.bytes_read_once == 0
