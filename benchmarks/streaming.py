@@ -302,8 +302,8 @@ def write_page(path: Path, results: dict[str, Any]) -> None:
             f"Hidden size {first['hidden']}, {first['intermediate']} channels, {first['heads']} heads, "
             f"{first['kv_heads']} KV heads, vocabulary {first['vocabulary']:,}, {first['dtype']}; "
             f"{first['tokens']:,} calibration tokens in micro-batches of {first['micro_batch_tokens']:,}, "
-            f"`--memory {first['memory']}`, {first['threads']} threads. Medians of {first.get('rounds', 1)} "
-            "rounds, and the largest peak.",
+            f"`--memory {first['memory']}`, {first['threads']} threads"
+            + (f"; medians of {first['rounds']} rounds, and the largest peak." if "rounds" in first else "."),
             "",
             "| " + " | ".join(columns) + " |",
             "|" + " --- |" * len(columns),
@@ -363,8 +363,8 @@ def predictions(name: str, row: dict[str, Any]) -> list[str]:
         "minutes of `apply`",
     )  # fmt: skip
     lines = [
-        f"Scoring reached {rate / 1e9:.0f} GFLOP/s. What `plan-memory` predicts for this model and larger "
-        "ones with the same settings, and what takes how long at that rate:",
+        f"Scoring reached {rate / 1e9:.0f} GFLOP/s. What `plan-memory` predicts for an iteration of this "
+        "model and larger ones with the same settings, and how long it takes at that rate:",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + " --- |" * len(columns),

@@ -66,6 +66,10 @@ class File {
       data += done, offset += done, length -= done;
     }
   }
+  // Has the kernel begin to bring bytes to the disk, which else would wait for the end.
+  void begin_sync(int64_t offset, int64_t length) const {
+    ::sync_file_range(descriptor_, offset, length, SYNC_FILE_RANGE_WRITE);  // a hint as well
+  }
   void advise(int64_t offset, int64_t length, int advice) const {
     ::posix_fadvise(descriptor_, offset, length, advice);  // a hint: that it fails is no harm
   }
@@ -200,7 +204,10 @@ std::vector<uint32_t> copy(const std::vector<std::string>& sources, const std::v
         if (!whole) gather(task, read.get(), kept.get());
         const char* bytes = whole ? read.get() : kept.get();
         task_checksums[i] = crc32(bytes, size_t(task.target_bytes));
-        if (output != nullptr) output->write(bytes, task.target_bytes, task.target_offset);
+        if (output != nullptr) {
+          output->write(bytes, task.target_bytes, task.target_offset);
+          output->begin_sync(task.target_offset, task.target_bytes);
+        }
       }
     } catch (...) {
       const std::lock_guard<std::mutex> lock(mutex);
