@@ -13,11 +13,10 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import GenerationConfig
 
 from adapt_pruner.checkpoint import Checkpoint, CheckpointError
 from adapt_pruner.families import Family, LayerWidths
-from adapt_pruner.modeling.conversion import empty_model, pruned_config
+from adapt_pruner.modeling.conversion import empty_model, generation_config_of, pruned_config
 from adapt_pruner.plan import Indices, pruned_members
 from adapt_pruner.sharding import named_tensors, own_rows, shard, sum_gradients, together
 from adapt_pruner.surgery import gather_members
@@ -55,8 +54,7 @@ def read_model(
         said = config.dtype
         dtype = said if isinstance(said, torch.dtype) else _read(checkpoint, first, range(1)).dtype
     model = _empty_model(config, dtype, mesh, mixed_precision)
-    if (checkpoint.directory / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
+    model.generation_config = generation_config_of(checkpoint)
     weights = named_tensors(model)
     require_fit(checkpoint, {name: tuple(weight.shape) for name, weight in weights.items()})
     wrong = []

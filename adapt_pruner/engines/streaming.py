@@ -208,13 +208,10 @@ class StreamingEngine:
 
     def _build(self) -> None:
         """The parts of the model as it is now."""
-        from transformers import GenerationConfig
-
-        from adapt_pruner.modeling.conversion import empty_model, pruned_config
+        from adapt_pruner.modeling.conversion import empty_model, generation_config_of, pruned_config
 
         skeleton = empty_model(pruned_config(self._config, self.widths), self._dtype)
-        if (self.checkpoint.directory / "generation_config.json").exists():
-            skeleton.generation_config = GenerationConfig.from_pretrained(self.checkpoint.directory)
+        skeleton.generation_config = generation_config_of(self.checkpoint)
         if self.widths == self._base_widths:
             require_fit(self.checkpoint, {name: tuple(p.shape) for name, p in skeleton.named_parameters()})
         members = pruned_members(self._keep, self.family, self._base_widths, self.checkpoint.tensors)

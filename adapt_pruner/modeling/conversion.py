@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from adapt_pruner.checkpoint import Checkpoint
 from adapt_pruner.families import LayerWidths
 from adapt_pruner.modeling.pruned_config import pruned_values, values_of_layers
 from adapt_pruner.modeling.registration import register
@@ -46,6 +53,13 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     return model.eval()
+
+
+def generation_config_of(checkpoint: Checkpoint) -> GenerationConfig:
+    """What `from_pretrained` gives a model of this directory."""
+    if (checkpoint.directory / "generation_config.json").exists():
+        return GenerationConfig.from_pretrained(checkpoint.directory)
+    return GenerationConfig.from_model_config(checkpoint.config)
 
 
 def convert_pruned_model(model: PreTrainedModel, widths: Sequence[LayerWidths]) -> PreTrainedModel:

@@ -103,7 +103,7 @@ def test_activations_that_are_not_finite_leave_no_plan(config, monkeypatch):
     with pytest.raises(NonFiniteError, match=r"^layer 1: the cosine between its input and output is nan"):
         prune(config())
     left = {path.name for path in Path(config().output).iterdir()}
-    assert left == {".lock", "config.yaml", "environment.json", "log.jsonl"}
+    assert left == {".lock", "config.yaml", "environment.json", "log.jsonl", "state"}
 
 
 def test_tensors_that_do_not_fit_the_config(config, model):
